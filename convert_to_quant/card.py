@@ -1,16 +1,15 @@
-"""What is published beside a quantized model: how close it stays to its original, in figures and images.
+"""A model card for a quantized model: how close it stays to its original, in measurements and images.
 
-Why it exists. "FP8" on a model hub says how large a file is, not what it paints. A card says both, measured in one run
-on the two files themselves: velocity SQNR per noise level (`fidelity`), and what the community compares, of samples
-that both models paint from the same noise:
+"FP8" on a model hub gives the size of a file, not its quality. A model card gives both, measured in one run on the two
+files: velocity SQNR per noise level (`fidelity`), and of samples that both models generate from the same noise:
 
     latent SNR    10 log10(mean(z²) / mean((z - z')²)) of the final latents z and z', in dB
     PSNR          10 log10(255² / mean((x - x')²)) of the images x and x', in dB
     SSIM          Wang et al. 2004: Gaussian windows of 11 × 11 pixels (sigma 1.5), mean over channels
-    LPIPS         AlexNet's, where the package `lpips` is installed (it downloads its weights)
+    LPIPS         AlexNet's, if the package `lpips` is installed (it downloads its weights)
 
-Limits. Images need a decoder; the embedded emoji model has one (`emoji.to_pictures`), other models are compared by
-their latents alone, and the card says so.
+Limits. Images need a decoder. The embedded emoji model has one (`emoji.to_pictures`); other models are compared by
+their latents alone, and the model card says so.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from .checkpoint import Checkpoint, open_checkpoint, write_bytes
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .engines.denoiser import plan
 from .engines.prompts import Prompts
+from .errors import OutputError
 from .families.running import Geometry
 from .fidelity import EXACT_DB, mean_and_error, psnr_db, sqnr_db
 from .telling import Advance, Progress, advance
@@ -38,68 +38,80 @@ from .telling import Advance, Progress, advance
 Images = NDArray[np.uint8]
 
 SHOWN = 8
-"""Images of each model that the card shows, the first ones."""
+"""Number of images per model in the model card."""
 
 PICTURE, PAGE, DOCUMENT = "images.png", "README.md", "card.json"
 
 WINDOW = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
-"""Of SSIM, along one side; to be divided by its sum."""
+"""Window of SSIM along one dimension, not normalized."""
 
 CHUNK_BYTES = 1 << 22
 
 
-def paints(original: Checkpoint) -> bool:
-    """Whether images can be made of a model's latents: it has the shapes of the embedded emoji model."""
+def make_folder(folder: Path) -> None:
+    """Create a folder for outputs if it is missing.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"the folder cannot be made: {error.strerror}", path=folder) from None
+
+
+def can_decode(original: Checkpoint) -> bool:
+    """Whether a model's latents can be decoded to images: it has the shapes of the embedded emoji model."""
     with open_checkpoint(WEIGHTS) as emoji:
         return plan(original).shapes == plan(emoji).shapes
 
 
 def emoji_prompts() -> Prompts:
-    """The prompts that no calibration sees, as the emoji model takes them."""
+    """Embeddings for the emoji model of the prompts that calibration never uses."""
     tensors = zip(("prompt_embeds", "pooled_prompt_embeds"), prompts.embed_all(prompts.HELD_OUT), strict=True)
     return Prompts({name: torch.from_numpy(values) for name, values in tensors})
 
 
 def makes_videos(checkpoint: Checkpoint) -> bool:
-    """Whether a model's latents grow with the number of frames."""
+    """Whether the shape of a model's latents depends on the number of frames."""
     found = plan(checkpoint)
     one, two = (found.architecture.latents(found.config, Geometry(frames=frames)) for frames in (1, 2))
     return one != two
 
 
 class Samples:
-    """What both models reach by their own steps, gathered batch after batch.
+    """Final latents and images that both models reach by their own steps, collected batch by batch.
 
     Args:
-        paints: whether images can be made of the latents.
+        decoded: whether to decode the latents to images.
     """
 
-    def __init__(self, *, paints: bool) -> None:
-        self.paints = paints
+    def __init__(self, *, decoded: bool) -> None:
+        self.decoded = decoded
         self.ratios_db: list[torch.Tensor] = []
-        self.painted: list[tuple[Images, Images]] = []
+        self.pairs: list[tuple[Images, Images]] = []
 
     def add(self, reference: torch.Tensor, quantized: torch.Tensor) -> None:
-        """Take final latents, [batch, ...] each."""
+        """Add final latents, [batch, ...] each."""
         self.ratios_db.append(sqnr_db(reference, quantized).cpu())
-        if self.paints and reference.shape[1:] == (SIDE_TOKENS**2, 64):
+        if self.decoded and reference.shape[1:] == (SIDE_TOKENS**2, 64):
             one, other = (to_pictures(latents.float().cpu().numpy()) for latents in (reference, quantized))
-            self.painted.append((one, other))
+            self.pairs.append((one, other))
 
     def latents(self) -> dict[str, float]:
-        """The latent SNR: mean over samples, its standard error, and the worst sample's."""
+        """The latent SNR: mean over samples, its standard error, and the worst sample."""
         ratios_db = torch.cat(self.ratios_db)
         mean, error = mean_and_error(ratios_db)
         return {"snr_db": mean, "standard_error_db": error, "worst_db": float(ratios_db.min())}
 
     def images(self) -> tuple[Images, Images]:
-        """Those of the original and of the quantized model, RGB [images, height, width, 3]."""
-        one, other = (np.concatenate(side) for side in zip(*self.painted, strict=True))
+        """Images of the original and of the quantized model, RGB [images, height, width, 3]."""
+        one, other = (np.concatenate(side) for side in zip(*self.pairs, strict=True))
         return one, other
 
     def compare(self) -> dict[str, Any] | None:
-        """Figures of the images, means over all of them; None where there are none."""
-        if not self.painted:
+        """Mean PSNR, SSIM and LPIPS of the images; None without images."""
+        if not self.pairs:
             return None
         one, other = self.images()
         ratios_db = psnr_db(torch.from_numpy(one), torch.from_numpy(other), peak=255.0)
@@ -114,14 +126,14 @@ class Samples:
 
 
 def ssim(one: Images, other: Images) -> NDArray[np.float64]:
-    """Structural similarity of images, see above.
+    """Structural similarity of images; see the module docstring.
 
     Args:
-        one: RGB, [images, height, width, 3]; sides of 11 pixels or more.
+        one: RGB, [images, height, width, 3], at least 11 × 11 pixels.
         other: the same shape.
 
     Returns:
-        [images], at most 1, which is no difference.
+        [images], at most 1, which means no difference.
 
     >>> grey = np.full((1, 16, 16, 3), 100, np.uint8)
     >>> ssim(grey, grey).item(), round(ssim(grey, grey + np.uint8(100)).item(), 3)
@@ -147,7 +159,7 @@ def ssim(one: Images, other: Images) -> NDArray[np.float64]:
 
 
 def lpips(one: Images, other: Images) -> float | None:
-    """Mean perceptual distance of images [images, height, width, 3], 0 for none; None where `lpips` is missing."""
+    """Mean perceptual distance of images [images, height, width, 3]; None without the package `lpips`."""
     if importlib.util.find_spec("lpips") is None:
         return None
     network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False)
@@ -157,7 +169,7 @@ def lpips(one: Images, other: Images) -> float | None:
 
 
 def file_facts(checkpoints: Sequence[Checkpoint], progress: Progress) -> list[list[dict[str, Any]]]:
-    """Name, size and SHA-256 of each file of some checkpoints; reads them whole."""
+    """Name, size and SHA-256 of each file of the checkpoints, which are read whole."""
     sizes = [file.place.stat().st_size for checkpoint in checkpoints for file in checkpoint.files]
     add = advance(progress, sum(sizes))
     return [
@@ -177,13 +189,15 @@ def _sha256(path: Path, add: Advance) -> str:
 
 
 def write_picture(path: Path, one: Images, other: Images, document: Mapping[str, Any]) -> None:
-    """Draw the first images of both models side by side.
+    """Draw the first images of both models side by side into a file.
 
     Raises:
         OutputError: the file cannot be written.
     """
     images = document["images"]
-    title = sheet.Heading(document["name"], "The same prompts from the same noise, by the original and by this file.")
+    title = sheet.Heading(
+        document["name"], "The same prompts from the same noise, generated by the original and by this file."
+    )
     columns = [sheet.Heading(which, document[which]["files"][0]["name"]) for which in ("original", "quantized")]
     cells = [
         sheet.Cell(list(one[:SHOWN]), "the reference"),
@@ -195,10 +209,10 @@ def write_picture(path: Path, one: Images, other: Images, document: Mapping[str,
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """The card as Markdown for a model hub, front matter first.
+    """The model card as Markdown with front matter.
 
     Args:
-        document: as `card.json` has it.
+        document: the content of `card.json`.
     """
     return "\n".join([*_front_matter(document), *_body(document)]) + "\n"
 
@@ -218,7 +232,7 @@ def _body(document: Mapping[str, Any]) -> Iterator[str]:
     fidelity, latents, images = (document[name] for name in ("fidelity", "latents", "images"))
     yield from (f"# {document['name']}", "", f"{document['quantized']['title']}, quantized: {document['meaning']}.")
     if images is not None:
-        yield from ("", f"![The same prompts by the original and by this file]({PICTURE})")
+        yield from ("", f"![The same prompts, generated by the original and by this file]({PICTURE})")
     yield from ("", "## Files", "")
     rows = [
         (f"{which}: {file['name']}", f"{file['bytes']:,}", f"`{file['sha256']}`")
@@ -239,9 +253,9 @@ def _body(document: Mapping[str, Any]) -> Iterator[str]:
         figures += [("image PSNR", _db(images["psnr_db"])), ("image SSIM", f"{images['ssim']:.4f}")]
         if images["lpips"] is not None:
             figures.append(("image LPIPS", f"{images['lpips']:.4f}"))
-    yield from _table(("figure", "value"), figures)
+    yield from _table(("measure", "value"), figures)
     if images is None:
-        yield from ("", "Images were not compared: nothing here makes images of this model's latents of this size.")
+        yield from ("", "Images were not compared: there is no decoder for latents of this model and size.")
     yield from ("", "Velocity SQNR by noise level, from noise (1) to image (0):", "")
     levels = [
         (f"{one['sigma']:.3f}", _db(one["sqnr_db"], one["standard_error_db"]), _db(one["worst_db"]))
@@ -249,7 +263,7 @@ def _body(document: Mapping[str, Any]) -> Iterator[str]:
     ]
     yield from _table(("sigma", "mean", "worst"), levels, right=(0, 1, 2))
     yield from ("", "## How it was measured", "", document["method"], "", "```console", document["command"], "```", "")
-    yield f"`{DOCUMENT}` has every figure."
+    yield f"`{DOCUMENT}` contains all measurements."
 
 
 def _db(value: float, error: float | None = None) -> str:

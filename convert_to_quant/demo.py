@@ -1,25 +1,24 @@
-"""The whole way on a real model in a minute: convert, calibrate, mix formats, run, look.
+"""The whole workflow on a real model in a minute: convert, calibrate, mix formats, run, compare.
 
-Why it exists. Whoever makes quantized checkpoints wants to see that the result still paints, and what calibration and a
-choice of formats are for. The embedded emoji model (`emoji`) is trained, and three files of it compute the same
-function: as it was trained, and with the activation ranges of large models ("hot") or far smaller ones ("cold"). Each
-is converted exactly as the command line does it, without data, and then its linear layers run
+It shows that a quantized model still generates good images, and what calibration and a choice of formats gain. Three
+files of the embedded emoji model (`emoji`) compute the same function: one as trained, one with the activation ranges of
+large models ("hot"), one with far smaller ones ("cold"). Each is converted as on the command line, without data, and
+runs
 
     in BF16                 the file before conversion, inputs rounded to bfloat16
-    in FP8 with scale 1.0   what most FP8 files carry, and ComfyUI takes where there is none: converted, not calibrated
+    in FP8 with scale 1.0   as most FP8 files, and as ComfyUI reads missing scales: converted, not calibrated
     in FP8, calibrated      converted with --actcal
-    in the best mix         converted with --best, the file as large as the one in FP8
-    in a smaller one        converted with --best --round, the file two thirds as large
+    in the best mix         converted with --best, as large as the FP8 file
+    in a smaller mix        converted with --best --round, two thirds as large
 
-Layers compute as ComfyUI does (`engines.quantized_linear`). The figures are the SQNR of the predicted velocity, in dB,
-along the way of the embedded model in float32 (`fidelity`), which is the reference in every row: so the BF16 row says
-how well a re-ranging preserves the function, and what difference nobody minds. The images are what each model reaches
-on its own, from the same noise in as many steps. Four prompts are few: `check` on the prompts that are written beside
-the models gives the figure of docs/accuracy.md.
+Layers compute as in ComfyUI (`engines.quantized_linear`). Results are the SQNR of the predicted velocity in dB
+(`fidelity`); the reference in every row is the embedded model in float32, so the BF16 row shows how exact a re-ranging
+is, and which difference is invisible. Images are what each model generates by its own steps from the same noise. Four
+prompts are few: `check` on the prompts written beside the models gives the number in docs/accuracy.md.
 
-Limits. All else (norms, attention, sums) is float32 everywhere, so that models differ in nothing but linear layers, and
-because "cold" needs it (`emoji.rerange`). A GPU would compute it in bfloat16. Formats are tried on fewer and smaller
-images than `--best` takes by default (`TRIED`), which takes a twentieth of the time.
+Limits. Everything else (norms, attention, sums) is float32, so that models differ in linear layers only, and because
+"cold" needs it (`emoji.rerange`); a GPU would compute it in bfloat16. Formats are tried on fewer and smaller images
+than in `--best` by default (`TRIED`), which takes a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,13 @@ from torch import Tensor
 from . import __version__
 from .best import plan_best
 from .calibrate_activation_scales import Calibration, calibrate_model, patch_model_with_scales
-from .checkpoint import Entry, open_checkpoint, write_bytes, write_checkpoint
+from .card import emoji_prompts, make_folder
+from .checkpoint import open_checkpoint, write_bytes
 from .convert import convert, plan_conversion
 from .emoji import SIDE_TOKENS, WEIGHTS, prompts, sheet, to_pictures
 from .emoji.rerange import RERANGINGS, write_reranged
 from .engines.diffusers import Denoiser, load
 from .engines.moments import Gathering, Rounding
-from .errors import OptionError, OutputError
 from .families.running import Geometry
 from .fidelity import Fidelity, Scene, check_latents, scenes_fidelity
 from .options import SAMPLES, STEPS, BestOptions, CalibrationOptions, ConvertOptions, RunOptions
@@ -67,24 +67,24 @@ WAYS: Mapping[str, sheet.Heading] = {
     BEST: sheet.Heading("best mix", "--best, as large as FP8"),
     SMALLER: sheet.Heading("best mix", "--best --round,\ntwo thirds of FP8"),
 }
-"""How each model is run, in the order of the table and of the picture."""
+"""How each model runs, in the order of the table and the image."""
 
 SHARES: Mapping[str, float] = {BEST: 1, SMALLER: 2 / 3}
-"""Sizes of mixes, of the FP8 file's."""
+"""Sizes of the mixes, relative to the FP8 file."""
 
 ROUNDED = SMALLER
-"""The mix that is rounded by running the model."""
+"""The mix that is converted with --round."""
 
 GPU = "rtx40"
-"""The card that mixes are chosen for."""
+"""The GPU that mixes are chosen for."""
 
 TRIED = RunOptions(samples=3, steps=2, height=128, width=128, text_tokens=prompts.TOKENS)
-"""What formats are tried on: one image of each way of conditioning, as large as what is painted."""
+"""How formats are tried: one image for each kind of conditioning, as large as those generated."""
 
 TITLE = sheet.Heading(
-    "Calibrated, FP8 keeps the picture; the best mix of formats keeps more, or is smaller",
-    "One trained model in three files that compute the same function: only the sizes of what its layers read differ.\n"
-    "dB: how closely a file follows the original on these prompts (SQNR of the velocity; 30 is close, 10 is ruin).",
+    "Calibrated FP8 preserves image quality; the best mix of formats is closer still, or smaller",
+    "One trained model in three files that compute the same function: only the ranges of layer inputs differ.\n"
+    "dB: how close a file stays to the original on these prompts (SQNR of the velocity; 30 is close, 10 is ruin).",
 )
 
 
@@ -94,12 +94,12 @@ class DemoOptions:
 
     Attributes:
         variants: re-rangings of the model, names in `emoji.rerange.RERANGINGS`.
-        names: emoji to paint, and to measure fidelity on.
-        steps: Euler steps of an image, and noise levels that fidelity is measured at.
+        names: emoji to generate and to measure fidelity on.
+        steps: Euler steps per image, which are the noise levels of fidelity.
         guidance: strength of classifier-free guidance.
-        samples: images that calibration and rounding show the model; their other options are the defaults.
-        tried: what formats are tried on.
-        seed: of the latents. Calibration has its own.
+        samples: images for calibration and rounding, whose other options are the defaults.
+        tried: options of the trials of formats.
+        seed: of the latents; calibration has its own.
     """
 
     variants: tuple[str, ...] = ("plain", "hot", "cold")
@@ -110,15 +110,10 @@ class DemoOptions:
     tried: RunOptions = TRIED
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.variants if name not in RERANGINGS]
-        if unknown:
-            raise OptionError(f"unknown re-ranging {unknown[0]!r}", hint=f"one of {', '.join(RERANGINGS)}")
-
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of the model, and how it fares by way: files, layers by format, fidelity, and images.
+    """Results of one variant of the model by way: files, layers by format, fidelity, and images.
 
     Images are uint8 [names, height, width, 3].
     """
@@ -144,7 +139,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found, a row for each variant of the model."""
+    """Results of the demo, a row for each variant of the model."""
 
     options: DemoOptions
     rows: tuple[Row, ...]
@@ -163,48 +158,34 @@ class Demo:
 
 
 def run(folder: Path, options: DemoOptions | None = None, *, progress: Progress | None = None) -> Demo:
-    """Run the demo into a folder, which is made where it is missing.
+    """Run the demo into a folder, which is created if missing.
 
-    The folder then holds every model in every way, the picture, and embeddings of the prompts that no calibration sees,
-    for `check --conditioning`. Progress is told in evaluations of one sample of the demo's size.
+    The folder then contains all models, the image, and embeddings of the prompts that calibration never uses, for
+    `check --conditioning`.
 
     Raises:
         OutputError: a file cannot be written.
-        OptionError: an option is out of range.
     """
     options = options or DemoOptions()
     start = time.perf_counter()
     make_folder(folder)
-    work = _Work(options, progress)
+    work = _work(options, progress or (lambda _done, _total: None))
     rows = tuple(_row(variant, folder, options, work) for variant in options.variants)
     picture = folder / PICTURE
     encoded = io.BytesIO()
     draw(rows).save(encoded, "PNG", optimize=True)
     write_bytes(picture, encoded.getvalue())
-    held_out = zip(("prompt_embeds", "pooled_prompt_embeds"), prompts.embed_all(prompts.HELD_OUT), strict=True)
-    write_checkpoint(folder / PROMPTS, {name: Entry.of(values) for name, values in held_out}, {})
+    emoji_prompts().save(folder / PROMPTS)
     return Demo(options, rows, picture, time.perf_counter() - start)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for outputs, where it is missing.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"the folder cannot be made: {error.strerror}", path=folder) from None
-
-
 def sizes(rows: tuple[Row, ...]) -> dict[str, str]:
-    """By way: what its file takes. Those of the variants differ by less than what shows."""
+    """Size of the file of each way; those of the variants look the same."""
     return {way: size(path.stat().st_size) for way, path in rows[0].files.items()}
 
 
 def draw(rows: tuple[Row, ...]) -> Image.Image:
-    """The images side by side, one line per way to run the model and one column per variant."""
+    """The images side by side: a line for each way to run the model, a column for each variant."""
 
     def cell(row: Row, way: str) -> sheet.Cell:
         sqnr_db = row.fidelity[way].sqnr_db
@@ -218,53 +199,45 @@ def draw(rows: tuple[Row, ...]) -> Image.Image:
     return sheet.draw(TITLE, columns, list(zip(said, cells, strict=True)), lines=1)
 
 
-class _Work:
-    """Progress over everything, in evaluations of one sample of the demo's size."""
+def _work(options: DemoOptions, progress: Progress) -> Iterator[Progress]:
+    """Progress of each part of the work in turn, in evaluations of one sample of the demo's size."""
+    calibration = 5 * options.samples * STEPS  # its images are about five times as large
+    trials = rounding = 400  # measured on two cores
+    comparison = 3 * (2 if options.guidance != 1 else 1) * len(options.names) * options.steps
+    parts = [calibration, trials, rounding, *[comparison] * len(WAYS)] * len(options.variants)
+    total = sum(parts)
 
-    def __init__(self, options: DemoOptions, progress: Progress | None) -> None:
-        sides = 2 if options.guidance != 1 else 1
-        self.calibration = 5 * options.samples * STEPS  # on images about so much larger
-        self.comparison = 3 * sides * len(options.names) * options.steps
-        self.trials = self.rounding = 400  # either took about as long as so many, on two cores
-        mixes = self.trials + self.rounding
-        self.total = len(options.variants) * (self.calibration + mixes + len(WAYS) * self.comparison)
-        self.finished = 0.0
-        self.report = progress or (lambda _done, _total: None)
+    def part(start: int, length: int) -> Progress:
+        return lambda done, of: progress(round(start + length * done / of), total)
 
-    def part(self, size: float) -> Progress:
-        """What reports on the next part of the work, which has this size."""
-        start = self.finished
-        self.finished += size
-        return lambda done, total: self.report(round(start + size * done / total), round(self.total))
+    return map(part, accumulate(parts, initial=0), parts)
 
 
-def _row(variant: str, folder: Path, options: DemoOptions, work: _Work) -> Row:
+def _row(variant: str, folder: Path, options: DemoOptions, work: Iterator[Progress]) -> Row:
     """Make one variant's files, run them, and compare."""
-    files, calibration = make_files(variant, folder, options.samples, work.part(work.calibration))
+    files, calibration = make_files(variant, folder, options.samples, next(work))
     files |= {way: file_of(variant, way, folder) for way in SHARES}
     mixes = _make_mixes(files, options, work)
     conditioning = prompt_conditioning(options.names)
     fidelity, images = {}, {}
     with models(files) as (reference, runs):
         for way, model in runs.items():
-            fidelity[way], images[way] = compare(
-                reference, model, conditioning, options, progress=work.part(work.comparison)
-            )
+            fidelity[way], images[way] = compare(reference, model, conditioning, options, next(work))
     return Row(variant, files, calibration, mixes, fidelity, images)
 
 
 def file_of(variant: str, way: str, folder: Path) -> Path:
-    """Where a variant's file of a way goes."""
+    """The path of a variant's file of a way."""
     return folder / f"{variant}_{way}.safetensors"
 
 
 def make_files(
     variant: str, folder: Path, samples: int = SAMPLES, progress: Progress | None = None
 ) -> tuple[dict[str, Path], Calibration]:
-    """Re-range, convert to FP8 and calibrate on some images, the latter two as the command line does it.
+    """Re-range the model, convert it to FP8, and calibrate it, the latter two as on the command line.
 
     Returns:
-        The files of the original and of FP8, by way, and what calibration found.
+        The original and FP8 files by way, and the calibration.
 
     Raises:
         OutputError: a file cannot be written.
@@ -278,14 +251,14 @@ def make_files(
     return files, calibration
 
 
-def _make_mixes(files: Mapping[str, Path], options: DemoOptions, work: _Work) -> dict[str, dict[str, int]]:
-    """Convert to the best mixes of formats, all from one set of trials; see `Row.mixes`."""
+def _make_mixes(files: Mapping[str, Path], options: DemoOptions, work: Iterator[Progress]) -> dict[str, dict[str, int]]:
+    """Convert to the best mixes of formats, chosen from one set of trials; see `Row.mixes`."""
     fp8_bytes = files[CALIBRATED].stat().st_size
     measured, mixes = None, {}
     with open_checkpoint(files[BF16]) as checkpoint:
         for way, share in SHARES.items():
             asked = BestOptions(file_size=f"{int(share * fp8_bytes)}B", gpu=GPU)
-            progress = None if measured else work.part(work.trials)
+            progress = None if measured else next(work)
             best = plan_best(checkpoint, ConvertOptions(), asked, options.tried, measured, progress=progress)
             measured, mixes[way] = (best.statistics, best.trials), best.counts()
             rounding, told = None, None
@@ -296,19 +269,19 @@ def _make_mixes(files: Mapping[str, Path], options: DemoOptions, work: _Work) ->
                 )
                 rounding = Rounding(checkpoint, gathering.moments_of)
                 total = sum(info.nbytes for info in checkpoint.tensors.values())
-                told = advance(work.part(work.rounding), total)
+                told = advance(next(work), total)
             convert(checkpoint, best.plan, files[way], rounding=rounding, progress=told)
     return mixes
 
 
 class _Reference(Denoiser):
-    """A model that does not compute anew what it has said before: every way is compared along one."""
+    """A model that caches its velocities, since all ways are compared at the same states."""
 
     def __init__(self, model: Denoiser) -> None:
         vars(self).update(vars(model), said={})
 
     def velocity(self, latents: Tensor, sigma: float, conditioning: Mapping[str, Tensor], geometry: Geometry) -> Tensor:
-        """As of the model."""
+        """The model's velocity."""
         said: dict[tuple[Any, ...], Tensor] = vars(self)["said"]
         shown = sigma, geometry, *(each.numpy().tobytes() for each in (latents, *conditioning.values()))
         if shown not in said:
@@ -318,7 +291,7 @@ class _Reference(Denoiser):
 
 @contextmanager
 def models(files: Mapping[str, Path]) -> Iterator[tuple[Denoiser, dict[str, Denoiser]]]:
-    """Open one variant's files: the reference, and the model of each way, computing as it says."""
+    """Open one variant's files: the reference, and the model of each way."""
     with ExitStack() as stack:
 
         def opened(path: Path) -> Denoiser:
@@ -331,7 +304,7 @@ def models(files: Mapping[str, Path]) -> Iterator[tuple[Denoiser, dict[str, Deno
 
 
 def prompt_conditioning(names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Names of emoji as the model engine takes them, each [names, ...]."""
+    """Emoji names as conditioning of the model, each [names, ...]."""
     context, pooled = prompts.embed_all(names)
     return {"encoder_hidden_states": torch.from_numpy(context), "pooled_projections": torch.from_numpy(pooled)}
 
@@ -343,10 +316,10 @@ def compare(
     options: DemoOptions,
     progress: Progress | None = None,
 ) -> tuple[Fidelity, NDArray[np.uint8]]:
-    """Paint with classifier-free guidance against the empty prompt, and compare with the reference on the way.
+    """Generate images with classifier-free guidance against the empty prompt, and compare with the reference.
 
     Returns:
-        The comparison, and what the model painted: RGB, uint8 [images, height, width, 3].
+        The comparison, and the model's images: RGB, uint8 [images, height, width, 3].
     """
     latents = check_latents(reference, GEOMETRY, len(next(iter(conditioning.values()))), options.seed)
     reached: list[Tensor] = []

@@ -14,7 +14,6 @@ from convert_to_quant.demo import BEST, BF16, CALIBRATED, GEOMETRY, SCALE_ONE, S
 from convert_to_quant.emoji import WEIGHTS
 from convert_to_quant.engines.diffusers import load
 from convert_to_quant.engines.prompts import Prompts
-from convert_to_quant.errors import OptionError
 from convert_to_quant.layers import find_layers, input_scale
 from convert_to_quant.options import RunOptions
 
@@ -87,11 +86,6 @@ def test_pictures_show_what_was_asked_for():
     assert fish[8:24, 8:24, 2].mean() > fish[8:24, 8:24, 0].mean() + 50  # blue
     corners = painted[:, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert corners.mean() > 240  # on white
-
-
-def test_unknown_variants_are_refused():
-    with pytest.raises(OptionError, match="unknown re-ranging 'lukewarm'"):
-        DemoOptions(variants=("plain", "lukewarm"))
 
 
 def test_a_file_in_the_folders_place_is_an_error(tmp_path, capsys):

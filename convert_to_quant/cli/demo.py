@@ -1,4 +1,4 @@
-"""`convert_to_quant demo`: make five files of the embedded emoji model, and paint with each."""
+"""`convert_to_quant demo`: make five files of the embedded emoji model and generate images with each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from .output import decibels, foresee, print_table, progress_bar, say, write_json, wrote
 
 DESCRIPTION = """\
-Convert a small text-to-image model that comes with this package to FP8, calibrate it, find the best mixes of formats,
-paint with all of them, and say how much each keeps: as it was trained, and with the activation ranges of large models.
-Takes a minute or two on two cores, and 160 MB."""
+Convert the package's small text-to-image model to FP8, calibrate it, find the best mixes of formats, generate images
+with each file, and report how close each stays to the original: as trained, and with the activation ranges of large
+models. Takes a minute or two on two cores and 160 MB."""
 EPILOG = """\
 examples:
   convert_to_quant demo
@@ -21,29 +21,29 @@ examples:
       --conditioning demo/prompts.safetensors \\
       --height 128 --width 128 --steps 8 --guidance 2
 
-The figures are the SQNR of the predicted velocity in dB. Higher is better: 30 is good, 10 is ruin. The folder then
-contains the picture and every model, in every row of the table.
-The demo measures on 4 prompts; the check above, on the 48 in demo/prompts.safetensors, gives the README's figure.
+Results are the SQNR of the predicted velocity in dB. Higher is better: 30 is good, 10 is ruin. The folder then
+contains the image and all models of the table.
+The demo measures on 4 prompts; the check above, on the 48 in demo/prompts.safetensors, gives the README's number.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    parser.add_argument("-o", "--output", metavar="FOLDER", default="demo", help="where its files go (demo)")
+    """Add the command's arguments."""
+    parser.add_argument("-o", "--output", metavar="FOLDER", default="demo", help="folder for its files (demo)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    # Threads of GNU OpenMP that wait in a busy loop slow a machine with other work down, up to four times, and those
-    # that sleep at once leave the second of two cores idle: a short wait costs a fifth where two demos run, and saves a
-    # sixth where one does (2026-11-27). Read when torch is loaded.
+    # GNU OpenMP threads that busy-wait slow a machine with other work down up to four times; those that sleep at once
+    # leave the second of two cores idle. A short wait costs a fifth if two demos run, and saves a sixth if one does
+    # (2026-11-27). Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     folder = Path(args.output)
     if args.dry_run:
-        say(f"dry run: would write the picture and the models into {folder}; nothing was written")
+        say(f"dry run: would write the image and the models into {folder}; nothing was written")
         write_json(args.json, {"folder": str(folder), "dry_run": True})
         return 0
-    say("making five files of the embedded emoji model in three forms, and painting with each; a minute or two")
+    say("making five files of three variants of the emoji model and generating images with each; a minute or two")
     with progress_bar("demo") as progress:
         from .. import demo
 
@@ -62,10 +62,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     write_json(args.json, found.to_json())
     options = found.options
-    say(
-        f"dB: how closely the original is followed, on {len(options.names)} prompts at {options.steps} noise levels; "
-        "30 is close, 10 is ruin"
-    )
-    say("hot, cold: the same model, but its layers read much larger, much smaller inputs")
+    shown = f"{len(options.names)} prompts at {options.steps} noise levels"
+    say(f"dB: how close each file stays to the original, on {shown}; 30 is close, 10 is ruin")
+    say("hot, cold: the same model with much larger, much smaller layer inputs")
     say(f"{wrote(found.picture)} and the models beside it; {found.seconds:.0f} s")
     return 0

@@ -1,4 +1,4 @@
-"""`convert_to_quant observe MODEL -o STATS`: run a model and keep what its layers received."""
+"""`convert_to_quant observe MODEL -o STATS`: run a model and record statistics of its layer inputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .running import NOISE, add_running_arguments, check_running_options
 
 ENGINES = ("auto", "diffusers", "comfyui")
 DESCRIPTION = """\
-Run a model, quantized or in high precision, and record what its linear layers receive in a statistics file. `apply`
-chooses scales from it."""
+Run a model, quantized or in high precision, and record statistics of the inputs of its linear layers. `apply` chooses
+input scales from them."""
 EPILOG = """\
 examples:
   convert_to_quant observe flux.safetensors -o stats.safetensors --device cuda
@@ -23,27 +23,27 @@ examples:
   convert_to_quant observe --pipeline FLUX.1-dev --prompts prompts.txt \\
       -o stats.safetensors
 
-Noise takes at least 3 images. --pipeline without MODEL records layers under both naming schemes. Under torchrun,
+Noise needs at least 3 images. --pipeline without MODEL records layers under both naming schemes. Under torchrun, the
 processes share the work.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's arguments."""
     parser.add_argument("input", nargs="?", metavar="MODEL", help="a checkpoint; optional with --pipeline")
     parser.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
                         help="LoRA to use with the model; repeatable")  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="continue a stopped run, or start one")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run, or start one")
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
                         help="save progress this often (120)")  # fmt: skip
     parser.add_argument("--trials", action="store_true",
-                        help="also try every format in every layer (--best)")  # fmt: skip
+                        help="also try every format in every layer, for --best")  # fmt: skip
     parser.add_argument("--moments", action="store_true",
-                        help="also keep second moments (--round)")  # fmt: skip
-    engine = parser.add_argument_group("what runs it")
+                        help="also record second moments, for --round")  # fmt: skip
+    engine = parser.add_argument_group("engine")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
-                        help="diffusers, comfyui, or whichever can (auto)")  # fmt: skip
+                        help="diffusers, comfyui, or the first that can (auto)")  # fmt: skip
     engine.add_argument("--comfyui-dir", metavar="DIR", help=f"ComfyUI folder to run it in (${COMFYUI_VARIABLE})")
     engine.add_argument("--pipeline", metavar="DIR", help="diffusers pipeline, run on real prompts")
     engine.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")
@@ -56,24 +56,24 @@ def run(args: argparse.Namespace) -> int:
     check_options(args)
     from .observing import observe
 
-    if os.environ.get("RANK", "0") != "0":  # one process of several talks
+    if os.environ.get("RANK", "0") != "0":  # only one of several processes prints
         configure(quiet=True)
         args.json = None
     try:
         observe(args)
     except KeyboardInterrupt:
         if partial_of(args.output).exists():
-            note(f"progress is saved in {partial_of(args.output)}: --resume continues")
+            note(f"progress is saved in {partial_of(args.output)}; continue with --resume")
         raise
     return 0
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other or do nothing, and outputs that cannot be written.
+    """Refuse options that conflict or have no effect, and outputs that cannot be written.
 
     Raises:
-        OptionError: flags do.
-        OutputError: an output is an input, a folder or a special file, or has no folder to be in.
+        OptionError: an option is refused.
+        OutputError: an output is an input, a folder or a special file, or its folder is missing.
     """
     from ..checkpoint import check_output
 
@@ -82,23 +82,23 @@ def check_options(args: argparse.Namespace) -> None:
     for flag, given in {"pipeline": args.pipeline, **excluded}.items():
         for asked in ("trials", "moments"):
             if getattr(args, asked) and given:
-                raise OptionError(f"--{asked} does not go with --{flag}: it needs the model itself")
+                raise OptionError(f"--{asked} cannot be combined with --{flag}: it needs the model itself")
     if args.save_every < 0:
         raise OptionError(f"--save-every should not be negative, found {args.save_every:g}")
     if args.pipeline is None and args.input is None:
-        raise OptionError("name a MODEL, or a --pipeline")
+        raise OptionError("expected a MODEL or --pipeline")
     if args.engine == "diffusers" and args.comfyui_dir:
-        raise OptionError("--comfyui-dir does not go with --engine diffusers")
+        raise OptionError("--comfyui-dir cannot be combined with --engine diffusers")
     if args.engine == "comfyui" and args.conditioning != NOISE:
         raise OptionError(
-            "--conditioning does not go with --engine comfyui, which shows noise",
-            hint="convert_to_quant comfyui observe runs a workflow of yours, on its own prompts",
+            "--conditioning cannot be combined with --engine comfyui, which runs on noise",
+            hint="convert_to_quant comfyui observe runs a workflow on its own prompts",
         )
     check_output(partial_of(args.output))
 
 
 def partial_of(output: str) -> Path:
-    """Where a run keeps what it has, if it is the only process."""
+    """Where a run saves its progress, if it is the only process."""
     from ..engines.session import PARTIAL_SUFFIX
 
     return Path(output + PARTIAL_SUFFIX)

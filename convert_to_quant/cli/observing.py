@@ -1,4 +1,4 @@
-"""What `observe` does: a model runs, by one of three engines, in one process or several, and what was seen is kept."""
+"""The work of `observe`: run a model in one of three engines, in one or several processes, and save statistics."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ from .running import NOISE, geometry_of, settle
 from .shared import read_prompts
 
 WARNING_LETTERS = 300
-"""ComfyUI may list every tensor of a file in one warning."""
+"""Longest warning shown: ComfyUI may list every tensor of a file in one."""
 
 Run = Callable[[Session, Progress], Observation]
-"""What runs a model: told where to keep what it sees, and how far it is."""
+"""Runs a model in a session and reports progress."""
 
 
 @contextmanager
 def processes() -> Iterator[bool]:
-    """Join the other processes that torchrun started, if it did: whether there are any."""
+    """Join the other processes started by torchrun; yields whether there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield False
         return
@@ -58,7 +58,7 @@ def processes() -> Iterator[bool]:
 
     from torch import distributed
 
-    # Statistics are reduced on the host, once. The process that is done first waits for the slowest.
+    # Statistics are reduced on the host, once; fast processes wait for the slowest.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield True
@@ -67,12 +67,12 @@ def processes() -> Iterator[bool]:
 
 
 def device_of_this_process(device: str) -> str:
-    """Under torchrun "cuda" is this process's own card."""
+    """Under torchrun, "cuda" is this process's own GPU."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def observe(args: argparse.Namespace) -> None:
-    """Run a model, unless there is nothing left to do: an earlier run made the output, or this one is dry."""
+    """Run a model and save statistics, unless an earlier run completed them or this is a dry run."""
     source = nullcontext() if args.input is None else open_checkpoint(args.input)
     with processes() as distributed, source as checkpoint, open_loras(args.lora) as adapters:
         args.device = device_of_this_process(str(find_device(args.device)))
@@ -95,7 +95,7 @@ def observe(args: argparse.Namespace) -> None:
             return
         if statistics is not None:
             session.discard()
-            say(f"{args.output} is complete already")
+            say(f"{args.output} is already complete")
         else:
             with progress_bar("observing") as progress:
                 seen = run(session, progress)
@@ -106,27 +106,27 @@ def observe(args: argparse.Namespace) -> None:
 
 
 def shown(args: argparse.Namespace) -> dict[str, Any]:
-    """What every engine is told of the images."""
+    """Options of the images, common to all engines."""
     return {name: getattr(args, name) for name in ("samples", "steps", "seed", "device")}
 
 
 def prepare_model(
     args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable, adapters: Sequence[Lora]
 ) -> tuple[dict[str, Any], Run]:
-    """How a checkpoint is run: what the statistics are made with, and the run."""
+    """How to run a checkpoint: facts for the statistics, and the function that runs it."""
     if args.trials or args.moments:
         refuse_unrunnable(checkpoint, table, "tried" if args.trials else "observed", INSTEAD)
-        plan_any(checkpoint)  # says whether there is anything to quantize
+        plan_any(checkpoint)  # raises if there is nothing to quantize
     settle(args, checkpoint)
     prepare = prepare_comfyui if engine_of(args, checkpoint, table) == "comfyui" else prepare_diffusers
     return prepare(args, checkpoint, table, adapters)
 
 
 def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable) -> str:
-    """The engine for a checkpoint: the one that was asked for, or else the first that can run it.
+    """The engine for a checkpoint: the requested one, or the first that can run it.
 
     Raises:
-        UnsupportedModelError: diffusers cannot run it, and no ComfyUI is named.
+        UnsupportedModelError: diffusers cannot run it, and no ComfyUI folder is given.
     """
     if args.engine != "auto":
         return str(args.engine)
@@ -144,11 +144,11 @@ def engine_of(args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTabl
 def prepare_diffusers(
     args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable, adapters: Sequence[Lora]
 ) -> tuple[dict[str, Any], Run]:
-    """How diffusers' classes run a checkpoint."""
+    """How to run a checkpoint in diffusers' classes; see `prepare_model`."""
     geometry = geometry_of(args, diffusers.plan(checkpoint, table).family)
     prompts = None if args.conditioning == NOISE else Prompts.load(args.conditioning)
     match = match_checkpoint(adapters, checkpoint, table) if adapters else None
-    options = options_of(RunOptions, args)  # of trials, whose images are counted otherwise
+    options = options_of(RunOptions, args)  # of trials, which count images differently
     args.samples = args.samples or (SAMPLES if prompts is None else 1)
     further = [name for name in ("trials", "moments") if getattr(args, name)]
 
@@ -181,7 +181,7 @@ def try_all(
     prompts: Prompts | None,
     progress: Progress | None,
 ) -> Trials:
-    """Try every format in every layer; each process takes some of the layers."""
+    """Try every format in every layer; the processes share the layers."""
     plan = plan_any(checkpoint)
     layers = {layer.name: layer for layer, _ in plan.quantized}
     found = TrialModel(checkpoint, plan, options).try_formats(
@@ -195,10 +195,10 @@ def try_all(
 def keep_moments(
     checkpoint: Checkpoint, options: RunOptions, session: Session, *, prompts: Prompts | None, progress: Progress | None
 ) -> dict[str, str]:
-    """Keep the second moments of every layer that can be quantized; each process takes some of the layers.
+    """Save the second moments of every layer that can be quantized; the processes share the layers.
 
     Returns:
-        What the statistics' header says of them.
+        Their entry in the statistics' header.
     """
     assert session.output is not None
     kept = KeptMoments(session.output, hashlib.sha256(json.dumps(session.options).encode()).hexdigest())
@@ -209,7 +209,7 @@ def keep_moments(
     plan = plan_any(checkpoint)
     layers = [layer for layer, _ in plan.quantized]
     most = size(sum(kept_bytes(layer.in_features) for layer in layers))
-    note(f"second moments take {most} at most, in {kept.folder}")
+    note(f"second moments take up to {most} in {kept.folder}")
     gathering = Gathering(checkpoint, plan.table, layers, options, prompts=prompts, done=list(kept.files),
                           share=(session.rank, session.processes), progress=progress)  # fmt: skip
     for band in gathering.bands:
@@ -223,7 +223,7 @@ def keep_moments(
 def prepare_comfyui(
     args: argparse.Namespace, checkpoint: Checkpoint, table: LayerTable, adapters: Sequence[Lora]
 ) -> tuple[dict[str, Any], Run]:
-    """How a ComfyUI runs a checkpoint."""
+    """How to run a checkpoint in ComfyUI; see `prepare_model`."""
     folder = inprocess_tree.folder_of(args.comfyui_dir)
     args.samples = args.samples or SAMPLES
     options = options_of(RunOptions, args)
@@ -243,7 +243,7 @@ def prepare_comfyui(
 
 
 def prepare_pipeline(args: argparse.Namespace, checkpoint: Checkpoint | None) -> tuple[dict[str, Any], Run]:
-    """How a pipeline runs on prompts."""
+    """How to run a pipeline on prompts; see `prepare_model`."""
     pipeline.require_pipeline(args.pipeline)  # before all of its files are read
     prompts = read_prompts(Path(args.prompts))
     args.samples, args.steps = args.samples or len(prompts), args.steps or STEPS
@@ -262,11 +262,11 @@ def prepare_pipeline(args: argparse.Namespace, checkpoint: Checkpoint | None) ->
 
 
 def tell(seen: Observation, args: argparse.Namespace) -> None:
-    """Say what was seen, and what was not."""
+    """Report which layers were observed, and which were not."""
     statistics = seen.statistics
     unseen = set(statistics.unseen)
     for name in seen.unvisited:
-        note(f"{name}: {'ran, but its input could not be seen' if name in unseen else 'never ran'}")
+        note(f"{name}: {'ran, but its input could not be observed' if name in unseen else 'never ran'}")
     if seen.conditioned:
         note(
             f"observed on noise: the ranges of {len(seen.conditioned)} layers depend on the conditioning, "

@@ -1,4 +1,4 @@
-"""`convert_to_quant report STATS [MODEL]`: what calibration would change: a page, a picture, a table, or words."""
+"""`convert_to_quant report STATS [MODEL]`: what calibration would change, as a page, image, table, or text."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ..stats import Statistics
 
 DESCRIPTION = (
-    "Show what calibration would change, and why: which layers are at risk at their present scales, every layer's "
-    "inputs over FP8's range before and after, and which layers need full precision. Or compare two."
+    "Show what calibration would change, and why: layers at risk at their current scales, the inputs of every layer "
+    "over the range of FP8 before and after, and layers that need full precision. Or compare two files."
 )
 EPILOG = """\
 examples:
@@ -35,31 +35,31 @@ examples:
   convert_to_quant report faces.safetensors with_lora.safetensors -o both.html
   convert_to_quant report stats.safetensors --against "margin=2 keep=mlp"
 
-Two statistics files: does a calibration on the first hold for the second? Two checkpoints: their scales side by side.
-Given two of each, the first statistics belong to the first checkpoint. Without an output, the verdict is printed.
+Two statistics files: does calibration on the first fit the second? Two checkpoints: their scales side by side. With two
+of each, the first statistics belong to the first checkpoint. Without an output, prints the verdict.
 """
 
 LEVEL_STYLES = {"good": "good", "warning": "warn", "bad": "bad"}
 STDOUT = "-"
 OTHER_OUTPUTS = {".png": "--png", ".csv": "--csv", ".json": "--json"}
-"""Endings of what `-o`, which writes the page, is mistaken for."""
+"""Extensions of other outputs, which `-o` refuses."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's arguments."""
     parser.usage = f"{parser.prog} STATS... [MODEL...] [options]"
     parser.add_argument("files", nargs="+", metavar="STATS",
-                        help="statistics and FP8 files, at most two of each")  # fmt: skip
+                        help="statistics and FP8 files, up to two of each")  # fmt: skip
     outputs = parser.add_argument_group("outputs")
-    outputs.add_argument("-o", "--output", metavar="FILE", help="a page for the browser (HTML)")
-    outputs.add_argument("--png", metavar="FILE", help="a picture for sharing")
-    outputs.add_argument("--csv", metavar="FILE", help="a table, one line per layer (- for stdout)")
+    outputs.add_argument("-o", "--output", metavar="FILE", help="interactive page (HTML)")
+    outputs.add_argument("--png", metavar="FILE", help="image for sharing")
+    outputs.add_argument("--csv", metavar="FILE", help="table with one line per layer (- for stdout)")
     comparing = parser.add_argument_group("comparing")
-    comparing.add_argument("--against", metavar="OPTIONS", help='solve again with these: "margin=2 keep=mlp"')
-    comparing.add_argument("--merge", action="store_true", help="take several statistics as one")
+    comparing.add_argument("--against", metavar="OPTIONS", help='compare with other options: "margin=2 keep=mlp"')
+    comparing.add_argument("--merge", action="store_true", help="merge the statistics files")
     solving = parser.add_argument_group("solving")
     add_options(solving, SolveOptions)
-    solving.add_argument("--force", action="store_true", help="use the layers that match, if not all do")
+    solving.add_argument("--force", action="store_true", help="use matching layers even if some do not match")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,15 +87,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_inputs(args: argparse.Namespace) -> tuple[list[Statistics], list[Path]]:
-    """Tell statistics files from checkpoints by what they are.
+    """Separate statistics files from checkpoints by their content.
 
     Returns:
-        Statistics as they were loaded, and paths of checkpoints.
+        The loaded statistics, and the paths of checkpoints.
 
     Raises:
         CheckpointError: a file cannot be read.
-        OutputError: an output is one of their shards.
-        StatisticsError: statistics are damaged.
+        OutputError: an output is a shard of an input.
+        StatisticsError: a statistics file is damaged.
     """
     from ..checkpoint import open_checkpoint
     from ..stats import METADATA_KEY, Statistics
@@ -113,28 +113,28 @@ def read_inputs(args: argparse.Namespace) -> tuple[list[Statistics], list[Path]]
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Refuse outputs of another kind than their names say.
+    """Refuse outputs that do not match their names.
 
     Raises:
-        OptionError: something that is no text is to go to stdout, or two things are; or the page has another ending.
+        OptionError: a binary file or two outputs would go to stdout, or the page has another extension.
     """
     for flag, place in (("-o", args.output), ("--png", args.png)):
         if place == STDOUT:
-            raise OptionError(f"{flag} needs a file", hint="only --csv and --json go to stdout, as -")
+            raise OptionError(f"{flag} needs a file", hint="only --csv and --json can write to stdout (-)")
     meant = OTHER_OUTPUTS.get(Path(args.output or "").suffix.lower())
     if meant is not None:
-        raise OptionError(f"-o writes an HTML page, and {args.output} ends otherwise", hint=f"{meant} {args.output}")
+        raise OptionError(f"-o writes HTML, found {args.output}", hint=f"use {meant} {args.output}")
     if [args.csv, args.json] == [STDOUT, STDOUT]:
-        raise OptionError("--csv and --json cannot both go to stdout", hint="name a file for one of them")
+        raise OptionError("--csv and --json cannot both write to stdout", hint="write one to a file")
 
 
 def sides_of(
     statistics: list[Statistics], models: list[Path], args: argparse.Namespace, options: SolveOptions
 ) -> list[Source]:
-    """What is shown, or compared.
+    """The side to show, or the two to compare.
 
     Raises:
-        OptionError: there are too many files, nothing to show, or too much to compare.
+        OptionError: too many files, or nothing to show.
         StatisticsError: statistics cannot be merged.
     """
     from ..report.figures import Source
@@ -149,20 +149,18 @@ def sides_of(
         tried = [one for one in trials if one is not None]
         trials = [reduce(Trials.plus, tried) if tried else None]
     if len(statistics) > 2:
-        raise OptionError(f"{len(statistics)} statistics files: at most two can be compared", hint="--merge takes "
-                          "them as one")  # fmt: skip
+        raise OptionError(f"expected at most two statistics files, found {len(statistics)}", hint="--merge merges them")
     if len(models) > 2:
-        raise OptionError(f"{len(models)} checkpoints: at most two can be compared")
+        raise OptionError(f"expected at most two checkpoints, found {len(models)}")
     if not statistics and len(models) == 1 and not is_mix(models[0]):
         raise OptionError(
-            f"no statistics: nothing says what the layers of {models[0].name} receive",
-            hint=f"convert_to_quant observe {models[0].name} -o stats.safetensors, or name a second checkpoint",
+            f"no statistics of the layer inputs of {models[0].name}",
+            hint=f"convert_to_quant observe {models[0].name} -o stats.safetensors, or add a second checkpoint",
         )
     chosen = [options] * max(len(statistics), len(models))
     if args.against is not None:
         if len(statistics) != 1 or len(models) > 1:
-            raise OptionError("--against compares two ways to solve, so it needs one statistics file (or --merge) and "
-                              "at most one checkpoint")  # fmt: skip
+            raise OptionError("--against needs one statistics file (or --merge) and at most one checkpoint")
         chosen = [options, other_options(args)]
     return [
         Source(
@@ -177,7 +175,7 @@ def sides_of(
 
 
 def is_mix(path: Path) -> bool:
-    """Whether a file says how its formats were chosen."""
+    """Whether a file's formats were chosen by --best."""
     from ..checkpoint import open_checkpoint
     from ..inspection import made_of
 
@@ -187,10 +185,10 @@ def is_mix(path: Path) -> bool:
 
 
 def other_options(args: argparse.Namespace) -> SolveOptions:
-    """The options of `--against`: those of the call, but for what it says.
+    """The options of the call, updated by those in --against.
 
     Raises:
-        OptionError: it is empty, or a value is out of range.
+        OptionError: --against is empty, or a value is out of range.
     """
     parser = Parser(prog="convert_to_quant report")
     add_options(parser, SolveOptions)
@@ -206,7 +204,7 @@ def other_options(args: argparse.Namespace) -> SolveOptions:
 
 
 def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:
-    """Everything that was asked for, by the name of its file; what goes to stdout is there already."""
+    """The content of every output file by name; writes outputs for stdout."""
     from ..report import page, table
 
     outputs = {}
@@ -225,7 +223,7 @@ def outputs_of(report: Report, args: argparse.Namespace) -> dict[str, bytes]:
 
 
 def tell(report: Report, args: argparse.Namespace) -> None:
-    """Say the verdict: on stdout where nothing else was asked for, else beside it on stderr."""
+    """Print the verdict: on stdout if it is the only output, else on stderr."""
     alone = (args.output, args.png, args.csv, args.json) == (None, None, None, None)
     stream = sys.stdout if alone else sys.stderr
     if alone or not args.quiet:
@@ -233,9 +231,9 @@ def tell(report: Report, args: argparse.Namespace) -> None:
             print(line, file=stream)
         paths = {Path(name).name: name for name in args.files}
         for side in report.sides:
-            if side.apply:  # with the folders that the call names, and unbroken, to be copied
+            if side.apply:  # with the paths of the call, and not wrapped, so that it can be copied
                 said = shlex.join(paths.get(word, word) for word in shlex.split(side.apply))
-                print(printable(f"apply it: {said}"), file=stream)
+                print(printable(f"to apply: {said}"), file=stream)
     if args.verbose:
         print_layers(report, talk=not alone)
         print_mix(report, talk=not alone)
@@ -254,7 +252,7 @@ def verdict_lines(report: Report, stream: TextIO) -> Iterator[str]:
 
 
 def print_layers(report: Report, *, talk: bool) -> None:
-    """Every layer, on each side; see `print_table`."""
+    """Print every layer of each side; see `print_table`."""
     several = len(report.sides) > 1
     lines = [
         (
@@ -282,7 +280,7 @@ def print_layers(report: Report, *, talk: bool) -> None:
 
 
 def print_mix(report: Report, *, talk: bool) -> None:
-    """What each layer is stored in, what it alone keeps of the velocity in every format, and half a bit more."""
+    """Print each layer's format, its format at half a bit more, and the model's dB with it alone in each format."""
     formats = list(dict.fromkeys(name for layer in report.layers for name in layer.alone_db))
     rows = []
     for layer in report.layers if formats else ():
@@ -292,12 +290,12 @@ def print_mix(report: Report, *, talk: bool) -> None:
             (layer.name, *(" | ".join(getattr(one, what) for one in sides) for what in ("stored", "more")), *keeps)
         )
     if rows:
-        print_table(("layer alone, dB in", "is", "half a bit more", *formats), rows,
+        print_table(("layer alone, dB in", "format", "half a bit more", *formats), rows,
                     right=tuple(range(3, len(formats) + 3)), talk=talk)  # fmt: skip
 
 
 def risk_cell(state: State) -> str:
-    """What threatens a layer, in a word."""
+    """The risk of a layer in a word."""
     if state.full_precision:
         return Styled("full precision", "dim")
     return Styled(state.risk, "bad") if state.risk else "-"

@@ -1,8 +1,8 @@
-"""The embedded emoji model: a real, trained Flux.1-shaped network of 18 MB to show and to test things on.
+"""The embedded emoji model: a trained network of 18 MB with Flux.1's architecture, for the demo and for tests.
 
-Every claim of this project about images can be checked on it in seconds and without a download. NOTICE.md says where
-it comes from. Here is where its file lies and how its latents become images; `prompts` makes what it takes as a
-prompt, `rerange` gives it the activation ranges of large models, `sheet` lays images out for people to compare.
+It checks the project's claims about images in seconds and without a download. NOTICE.md gives its source. This module
+has its path and decodes its latents to images; `prompts` embeds prompts, `rerange` gives it the activation ranges of
+large models, and `sheet` lays images out for comparison.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ WEIGHTS = Path(__file__).with_name("emoji_flux_bf16.safetensors")
 """The model, in bfloat16."""
 
 SIDE_TOKENS = 8
-"""Image tokens per side; each is 2×2 latents, and each latent 2×2 pixels."""
+"""Image tokens per dimension; each is 2×2 latents, and each latent 2×2 pixels."""
 
 SIDE_PIXELS = 4 * SIDE_TOKENS
 
 
 def to_pictures(latents: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Latents as images on white.
+    """Decode latents to images on white.
 
     Args:
-        latents: [batch, SIDE_TOKENS², 64], as the model has them: the channels of a token are (RGBA, row and column of
-            the pixel in its latent, row and column of the latent in its token), values in [-1, 1], alpha premultiplied.
+        latents: [batch, SIDE_TOKENS², 64], in [-1, 1], alpha premultiplied. The channels of a token are (RGBA, row and
+            column of the pixel in its latent, row and column of the latent in its token).
 
     Returns:
         RGB, [batch, SIDE_PIXELS, SIDE_PIXELS, 3].

@@ -1,10 +1,10 @@
-"""What the emoji model takes as a prompt: the words of a name, hashed. There is no text encoder.
+"""Prompts of the emoji model: the hashed words of a name instead of a text encoder.
 
-Each of the first TOKENS words becomes two fixed random vectors, drawn from a generator that the word's SHA-256 seeds.
-The context vectors are the context tokens, in order, with zeros behind them; the sum of the pooled vectors over the
-square root of their number is the pooled vector. The empty prompt is all zeros, which is also guidance's negative.
+Each of the first TOKENS words gives two fixed random vectors from a generator seeded with the word's SHA-256. The first
+vectors are the context tokens, in order, padded with zeros; the sum of the second ones over the square root of their
+number is the pooled vector. The empty prompt, also the negative one of guidance, is all zeros.
 
-Limits: the model knows the words of Unicode's emoji names and nothing else.
+Limits. The model knows only the words of Unicode's emoji names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NAMES = (
     "honey pot",
     "snowflake",
 )
-"""The emoji that the demo paints and measures."""
+"""The emoji that the demo generates and measures."""
 
 HELD_OUT = (
     "bear face", "tulip", "american football", "grinning cat face with smiling eyes", "fish", "honey pot", "snowflake",
@@ -45,7 +45,7 @@ HELD_OUT = (
     "flexed biceps", "satellite", "melting face", "cityscape at dusk", "scarf", "tomato", "hedgehog", "crown",
     "balloon", "key",
 )  # fmt: skip
-"""Prompts that no calibration sees: what figures of accuracy are measured on."""
+"""Prompts that calibration never uses, on which accuracy is measured."""
 
 
 def word_vector(word: str) -> Float32:
@@ -55,10 +55,10 @@ def word_vector(word: str) -> Float32:
 
 
 def embed(prompt: str) -> tuple[Float32, Float32]:
-    """A prompt as the model takes it.
+    """Embed a prompt.
 
     Args:
-        prompt: a Unicode name in any case; words behind the eighth are not seen.
+        prompt: a Unicode name in any case; words after the eighth are ignored.
 
     Returns:
         Context tokens [TOKENS, CHANNELS] and the pooled vector [CHANNELS], float32.
@@ -75,6 +75,6 @@ def embed(prompt: str) -> tuple[Float32, Float32]:
 
 
 def embed_all(prompts: Sequence[str]) -> tuple[Float32, Float32]:
-    """Several prompts: [prompts, TOKENS, CHANNELS] and [prompts, CHANNELS]."""
+    """Embed several prompts: [prompts, TOKENS, CHANNELS] and [prompts, CHANNELS]."""
     pairs = [embed(prompt) for prompt in prompts]
     return np.stack([context for context, _ in pairs]), np.stack([pooled for _, pooled in pairs])

@@ -1,21 +1,21 @@
-"""Function-preserving re-rangings of the emoji model: the same images, other activation ranges.
+"""Function-preserving re-rangings of the emoji model: the same images from other activation ranges.
 
-Why it exists. A small model trained at home has tame activations, and published models do not: Qwen-Image-Edit's layers
-see inputs of up to 38,656, other models' median layer sees 10. What FP8 does to such a model can be shown on a small
-one, because a network's ranges are a matter of spelling.
+Small models have small activations; published models do not: Qwen-Image-Edit's layer inputs reach 38,656, while those
+of other models' median layer reach 10. A small model can show the effect of FP8 on such ranges, since they can be
+changed without changing the function.
 
-Maths. Where a layer W reads an input x that something before it scales per channel, x can be multiplied by factors a
-and W's columns divided by them: W x = (W / a)(a x). Two places of a Flux block allow it exactly:
+Maths. If something before a layer W scales its input x per channel, x can be multiplied by factors a and W's columns
+divided by them: W x = (W / a)(a x). Two places of a Flux block allow this exactly:
 
     after a modulated norm   x = (1 + scale) · norm + shift, and scale and shift are rows of the modulation's weight:
                              a x = (1 + (a · scale + a - 1)) · norm + a · shift
-    after attention          the values' rows of qkv times b; attention mixes tokens and not channels, so its output is
-                             times b as well, and the layer that reads it is divided by b. Both streams of a double
-                             block share b, since their tokens are mixed.
+    after attention          the value rows of qkv times b; attention mixes tokens, not channels, so its output is
+                             times b as well, and the next layer is divided by b. Both streams of a double block share
+                             b, since attention mixes their tokens.
 
-Limits. Exact in real numbers, and to about 1e-6 in float32. bfloat16 weights round once more, like any other. Biases
-must stay float32, and so must what a modulation gives: a shrunk norm has a scale near -1, of which 1 + scale keeps
-nothing in bfloat16's 8 bits. So "cold" runs in float32 only, with its linear layers in any format.
+Limits. Exact in real numbers, and to about 1e-6 in float32; bfloat16 weights are rounded once more. Biases must stay
+float32, and so must the output of a modulation: a shrunk norm has a scale near -1, and 1 + scale loses all 8 bits of
+bfloat16. So "cold" runs in float32 only, with linear layers in any format.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..formats.record import narrow_bfloat16
 
 Float32 = NDArray[np.float32]
 Factors = Callable[[np.random.Generator, int], NDArray[np.float64]]
-"""From a generator and a number of channels to one factor > 0 per channel."""
+"""(random generator, number of channels) -> one factor > 0 per channel."""
 
 
 def constant(factor: float) -> Factors:
@@ -59,13 +59,13 @@ def log_normal(octaves: float) -> Factors:
 
 @dataclass(frozen=True)
 class Reranging:
-    """Factors by what they multiply.
+    """Factors by the layer inputs that they multiply.
 
     Attributes:
         summary: in a few words.
-        attention: inputs of the qkv projections of double blocks, and of the fused one of single blocks.
+        attention: inputs of the qkv projections of double blocks, and of the fused layer of single blocks.
         mlp: inputs of the first MLP layers of double blocks.
-        value: attention's values, and so the inputs of the projections behind it, in all blocks.
+        value: attention values, and so the inputs of the projections after attention, in all blocks.
     """
 
     summary: str
@@ -85,7 +85,7 @@ RERANGINGS: Mapping[str, Reranging] = {
 
 
 def rerange(tensors: Mapping[str, Float32], reranging: Reranging) -> dict[str, Float32]:
-    """Re-range a Flux.1-shaped model, all of whose tensors are given by name: the same function as new tensors."""
+    """Re-range a model with Flux.1's architecture, given all its tensors by name; returns new tensors."""
     result = {name: values.copy() for name, values in tensors.items()}
     rng = np.random.default_rng(0)
     hidden = result["img_in.weight"].shape[0]
@@ -113,7 +113,7 @@ def _blocks(tensors: Mapping[str, Float32], kind: str) -> list[str]:
 
 
 def _scale_modulated(tensors: dict[str, Float32], modulation: str, shift: int, reader: str, factors: Float32) -> None:
-    """Multiply a modulated norm. Rows of the modulation come in chunks; chunk `shift` shifts, the next one scales."""
+    """Multiply a modulated norm: chunk `shift` of the modulation's rows is the shift, the next one the scale."""
     size = len(factors)
     weight_OI, bias_O = tensors[modulation + names.WEIGHT], tensors[modulation + names.BIAS]
     shifts = slice(shift * size, (shift + 1) * size)
@@ -126,7 +126,7 @@ def _scale_modulated(tensors: dict[str, Float32], modulation: str, shift: int, r
 
 
 def _scale_values(tensors: dict[str, Float32], qkv: str, reader: str, factors: Float32) -> None:
-    """Multiply attention's values: the third chunk of the qkv rows. Attention's channels are the reader's first."""
+    """Multiply attention's values, the third chunk of the qkv rows, and divide the reader's first columns."""
     size = len(factors)
     rows = slice(2 * size, 3 * size)
     tensors[qkv + names.WEIGHT][rows] *= factors[:, None]
@@ -135,7 +135,7 @@ def _scale_values(tensors: dict[str, Float32], qkv: str, reader: str, factors: F
 
 
 def write_reranged(source: Path, output: Path, reranging: Reranging) -> None:
-    """Re-range a Flux.1-shaped file into one with bfloat16 weights and float32 biases.
+    """Re-range a file with Flux.1's architecture into one with bfloat16 weights and float32 biases.
 
     Raises:
         CheckpointError: the source cannot be read.

@@ -1,7 +1,7 @@
-"""A sheet of small images for people to compare: labelled rows, columns of cells, a caption under every cell.
+"""A sheet of small images to compare: labelled rows, columns of cells, a caption under every cell.
 
-Everything is drawn with Pillow and its own font, which has ASCII only; images are enlarged by whole factors without
-smoothing, so that what one sees is the pixels that the model made.
+Drawn with Pillow and its font, which has ASCII only. Images are enlarged by whole factors without smoothing, to show
+the model's pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 INK: Color = (31, 35, 40)
 FADED: Color = (89, 99, 110)
@@ -29,7 +29,7 @@ GOOD: Color = (26, 127, 55)
 BAD: Color = (207, 34, 46)
 
 ENLARGED, SPACE = 3, 2
-"""Screen pixels per pixel, and pixels of white around each picture."""
+"""Screen pixels per pixel, and white pixels around each image."""
 
 MARGIN, GAP, PADDING = 32, 24, 12
 HEAD_HEIGHT, TITLE_HEIGHT, CAPTION_HEIGHT = 76, 150, 48
@@ -38,16 +38,16 @@ TITLE_SIZE, HEAD_SIZE, TEXT_SIZE = 42, 32, 24
 
 @dataclass(frozen=True)
 class Cell:
-    """Images, equally large, uint8 [height, width, 3], and what is said under them in one line."""
+    """Images of equal size, uint8 [height, width, 3], and a caption of one line."""
 
-    images: Sequence[Picture]
+    images: Sequence[Pixels]
     caption: str
     color: Color = INK
 
 
 @dataclass(frozen=True)
 class Heading:
-    """A name and what explains it; newlines break the explanation."""
+    """A name and its explanation, which may have several lines."""
 
     name: str
     explanation: str
@@ -56,7 +56,7 @@ class Heading:
 def draw(
     title: Heading, columns: Sequence[Heading], rows: Sequence[tuple[Heading, Sequence[Cell]]], lines: int = 2
 ) -> Image.Image:
-    """Draw a sheet in RGB: every row has one cell per column, all with equally many images, in some lines."""
+    """Draw an RGB sheet with one cell per row and column; all have the same number of images, in `lines` lines."""
     from PIL import Image, ImageDraw
 
     blocks = [[_block(cell.images, lines) for cell in cells] for _, cells in rows]
@@ -84,17 +84,17 @@ def draw(
     return sheet
 
 
-def _block(images: Sequence[Picture], lines: int) -> Picture:
+def _block(images: Sequence[Pixels], lines: int) -> Pixels:
     """Lines of images, enlarged: uint8 [height, width, 3]."""
     in_line = -(-len(images) // lines)
     blanks = [np.full_like(images[0], 255)] * (lines * in_line - len(images))
     shown = [
         np.pad(picture, ((SPACE, SPACE), (SPACE, SPACE), (0, 0)), constant_values=255) for picture in (*images, *blanks)
     ]
-    block: Picture = np.concatenate(
+    block: Pixels = np.concatenate(
         [np.concatenate(shown[start : start + in_line], 1) for start in range(0, len(shown), in_line)]
     )
-    # Seven bits per color look the same, and noise compresses badly: the file is an eighth smaller.
+    # Seven bits per color look the same and make the file an eighth smaller, since noise compresses badly.
     block = (block & np.uint8(0xFE)) | (block >> np.uint8(7))
     return block.repeat(ENLARGED, 0).repeat(ENLARGED, 1)
 
@@ -106,14 +106,14 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], heading: Heading, s
 
 
 def _heading_width(heading: Heading, size: int) -> int:
-    """Pixels that a heading takes with its name in this size, and a gap; nothing where it is empty."""
+    """Width in pixels of a heading with its name in this size, and a gap; 0 if empty."""
     lines = heading.explanation.split("\n")
     widest = max(_width(heading.name, size), *(_width(line, TEXT_SIZE) for line in lines))
     return widest + GAP if widest else 0
 
 
 def _width(text: str, size: int) -> int:
-    """Pixels that a line takes."""
+    """Width of a line in pixels."""
     return math.ceil(_font(size).getlength(text))
 
 

@@ -25,7 +25,7 @@ def test_a_model_without_a_decoder_is_compared_by_its_latents(ctq, done, flux_fi
     assert found["fidelity"] == {key: value for key, value in wanted.items() if key != "made_by"}
     assert found["images"] is None
     assert "Images were not compared" in text
-    assert "4 samples of noise in place of prompts" in text
+    assert "4 samples of noise instead of prompts" in text
     assert f"| velocity SQNR, mean | {wanted['sqnr_db']:.1f}" in text
     assert f"| 0.500 | {wanted['levels'][1]['sqnr_db']:.1f}" in text
     for path in (flux_file, fp8_file):
@@ -55,7 +55,7 @@ def test_the_emoji_model_is_shown_painting_its_prompts(done, tmp_path):
 
 
 def test_the_latent_snr_is_the_mean_over_samples_of_the_power_ratio():
-    samples, latents = card.Samples(paints=False), torch.ones(2, 4, 8)
+    samples, latents = card.Samples(decoded=False), torch.ones(2, 4, 8)
     for error in (0.1, 0.01):
         samples.add(latents[:1], latents[:1] * (1 + error))
     assert samples.latents() == pytest.approx({"snr_db": 30, "standard_error_db": 10, "worst_db": 20}, abs=1e-4)

@@ -87,7 +87,7 @@ def test_what_was_observed_is_kept_where_it_was_saved_and_that_is_said(stalled, 
     partial = flux_file.with_name("out.safetensors.partial")
     assert partial.exists()
     assert error.splitlines() == [
-        f"note: progress is saved in {partial}: --resume continues",
+        f"note: progress is saved in {partial}; continue with --resume",
         "interrupted: outputs are never left incomplete",
     ]
 

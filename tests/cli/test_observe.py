@@ -266,7 +266,7 @@ def test_resuming_a_complete_run_does_nothing(ctq, done, fp8_file, monkeypatch):
     before = stats.read_bytes()
     monkeypatch.setattr(denoiser.Denoiser, "velocity", None)
     outcome = ctq(*words)
-    assert (outcome.code, outcome.err) == (0, f"{stats} is complete already\n")
+    assert (outcome.code, outcome.err) == (0, f"{stats} is already complete\n")
     assert stats.read_bytes() == before
 
 

@@ -1,18 +1,18 @@
-"""Fails, cuts short, or is killed at every system call that a writer makes; then looks at what is left.
+"""Fails, cuts short, or kills a writer at every system call it makes, then inspects what is left.
 
     python tests/faults/injector.py [--all] [--jobs N] [WRITER ...]
 
-Every run is a child, forked when everything is imported, in which the functions of `os` that writers call are replaced.
-The n-th call raises an error (once, or from then on), writes half of what it should, or is preceded by a SIGKILL. Two
-kinds of drive are played: one with unnamed files and copies inside the kernel, and one without. Afterwards
+Every run is a forked child with everything imported, in which the functions of `os` that writers call are replaced. The
+n-th call raises an error (once, or from then on), writes half of the data, or is preceded by a SIGKILL. Two kinds of
+drive are simulated: with unnamed files and copies inside the kernel, and without. After each run
 
 - every output is the older file or the new one, to the byte, and so is a set of shards as its index shows it;
-- a file that was being changed in place is the old one, the new one, or has an undo file;
-- every input is what it was, and nothing else lies in the folder, but for what a kill leaves;
+- a file changed in place is the old one, the new one, or has an undo file;
+- every input is unchanged, and nothing else is in the folder except what a kill may leave;
 - a command that failed said so in one line; one that did not fail did its work;
-- the next run does its work, and removes what was left.
+- the next run does its work and removes leftovers.
 
-One line of JSON per writer and drive: calls, runs, and problems, of which there should be none.
+Prints one line of JSON per writer and drive: calls, runs, and problems, of which there should be none.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import fcntl
 import gc
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -41,12 +42,12 @@ from typing import Any, NamedTuple
 ERRORS = ("ENOSPC", "EIO", "EINTR", "EACCES")
 KILL, SHORT, LASTING = "kill", "short", "lasting "
 WRITES = {"write": 1, "pwrite": 1, "copy_file_range": 2}
-"""Calls that may do less than they were asked for, and which argument says how much that is."""
+"""Calls that may write less than requested, and the argument that limits how much."""
 
 CALLS = ("open", *WRITES, "pread", "preadv", "fsync", "link", "replace", "unlink", "mkdir", "fchmod", "fchown",
          "scandir", "statvfs", "fstat", "close")  # fmt: skip
 LEFT = re.compile(r"\.convert_to_quant\.[0-9a-f]{16}\.tmp|m-\d{5}-of-\d{5}\.safetensors")
-"""Names that a kill may leave until the next run: temporary files, and shards without their index."""
+"""Files that a kill may leave until the next run: temporary files, and shards without their index."""
 
 POSIX_ONLY = (
     *("O_TMPFILE", "O_NOFOLLOW", "O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_DIRECTORY", "copy_file_range", "link"),
@@ -55,14 +56,14 @@ POSIX_ONLY = (
 
 
 def taken_away(*names: str) -> None:
-    """Take away what a system lacks."""
+    """Remove functions and flags of `os` that a system lacks."""
     for name in names:
         if hasattr(os, name):
             delattr(os, name)
 
 
 def refused(*names: str) -> None:
-    """Let calls fail as they do where a drive does not know them."""
+    """Let calls fail as on a drive that does not support them."""
 
     def refuse(*_arguments: Any, **_more: Any) -> Any:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -72,7 +73,7 @@ def refused(*names: str) -> None:
 
 
 def as_on_windows() -> None:
-    """What Windows lacks; and no file that is open is renamed, replaced or removed, and no folder opened."""
+    """Imitate Windows: open files cannot be renamed, replaced or removed, and folders cannot be opened."""
     from convert_to_quant.checkpoint import writer
 
     def guarded(real: Any) -> Any:
@@ -113,7 +114,7 @@ LACKING = {
     "no names for unnamed files": lambda: refused("link"),
     "no renaming": lambda: (taken_away("O_TMPFILE"), refused("replace")),
 }
-"""What a system or a drive lacks. The first two are swept."""
+"""What a system or drive lacks. The first two are swept."""
 
 Files = dict[str, bytes]
 
@@ -123,9 +124,9 @@ class Writer(NamedTuple):
 
     Attributes:
         words: its command line.
-        older: outputs that exist before.
+        older: outputs that already exist.
         changed: the file that it changes in place.
-        torn: whether that file is half done when it starts.
+        torn: whether that file is half changed at the start.
     """
 
     words: str
@@ -153,14 +154,14 @@ WRITERS = {
 
 
 class Fault(NamedTuple):
-    """What happens at which call: the name of an error, once or from then on; KILL; or SHORT."""
+    """A fault at a call: the name of an error, once or from then on; KILL; or SHORT."""
 
     what: str
     number: int
 
 
 class Outcome(NamedTuple):
-    """How a run ended: its exit code, what it said, the calls it made, and the one that the fault met."""
+    """The end of a run: exit code, output, the calls it made, and the one hit by the fault."""
 
     code: int
     said: str
@@ -193,15 +194,15 @@ def make_inputs(folder: Path) -> None:
 
 
 def look(folder: Path) -> Files:
-    """Every file of a folder, by its path there."""
+    """Every file of a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def lay(folder: Path, files: Files) -> None:
-    """Make a folder hold these files and nothing else; an undo file knows what it is about by its inode number."""
+    """Reset a folder to these files; undo files refer to others by inode number."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "custom_nodes").mkdir(parents=True)
-    for name, content in sorted(files.items()):  # an undo file comes after its own
+    for name, content in sorted(files.items()):  # an undo file comes after its file
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".undo"):
@@ -215,7 +216,7 @@ def lay(folder: Path, files: Files) -> None:
 
 
 def call(folder: Path, words: list[str], fault: Fault | None = None, drive: str = DRIVES[0]) -> Outcome:
-    """Run a command in a child, with a fault."""
+    """Run a command in a child with a fault."""
     told, tell = os.pipe()
     with tempfile.TemporaryFile() as said:
         child = os.fork()
@@ -241,7 +242,7 @@ def call(folder: Path, words: list[str], fault: Fault | None = None, drive: str 
 
 
 def run(words: list[str], fault: Fault | None, drive: str, tell: int) -> int:
-    """Replace the calls, and run the command; in the child."""
+    """Replace the calls and run the command; in the child."""
     from convert_to_quant import cli
 
     count, guard, write = itertools.count(1), threading.Lock(), os.write
@@ -260,13 +261,11 @@ def run(words: list[str], fault: Fault | None, drive: str, tell: int) -> int:
             if fault.what == KILL:
                 kill(os.getpid(), signal.SIGKILL)
             if fault.what == SHORT:
-                if name in ("write", "pwrite"):
-                    fd, data, *rest = arguments
-                    return real(fd, memoryview(data)[: max(1, len(memoryview(data)) // 2)], *rest)
-                if name == "copy_file_range":
-                    return real(*arguments[:2], max(1, arguments[2] // 2), *arguments[3:])
-                return real(*arguments, **more)
-            if name == "close":  # Linux closes the file whatever it says
+                words = list(arguments)
+                data = words[place := WRITES[name]]
+                words[place] = max(1, data // 2) if name == "copy_file_range" else data[: max(1, len(data) // 2)]
+                return real(*words, **more)
+            if name == "close":  # Linux closes the file even if it reports an error
                 close(*arguments)
             number = getattr(errno, fault.what.removeprefix(LASTING))
             raise OSError(number, os.strerror(number))
@@ -285,7 +284,7 @@ def run(words: list[str], fault: Fault | None, drive: str, tell: int) -> int:
 
 
 def faults(calls: list[str], every: bool) -> Iterator[Fault]:
-    """What is tried at each call of a run: everything, or a kill and an error of each kind in turn."""
+    """The faults tried at each call of a run: all, or a kill and the errors in turn."""
     for number, name in enumerate(calls, 1):
         yield Fault(KILL, number)
         if name in WRITES:
@@ -297,9 +296,9 @@ def faults(calls: list[str], every: bool) -> Iterator[Fault]:
     yield Fault(KILL, len(calls) + 1)
 
 
-def sweep(name: str, drive: str, inputs: Files, folder: Path, every: bool) -> dict[str, Any]:
+def sweep(name: str, drive: str, inputs: Files, place: str, every: bool) -> dict[str, Any]:
     """Every fault at every call of one writer."""
-    writer = WRITERS[name]
+    folder, writer = Path(place, f"job-{os.getpid()}"), WRITERS[name]
     words = writer.words.split()
     old = start = {**inputs, **dict.fromkeys(writer.older, b"older")}
 
@@ -339,31 +338,26 @@ def judged(
     writer: Writer, old: Files, start: Files, good: Files, now: Files, ended: Outcome, fault: Fault
 ) -> Iterator[str]:
     """What is wrong after a run."""
-    killed, undo = ended.code == -signal.SIGKILL, f"{writer.changed}.undo"
-    if not killed and ended.code not in (0, 1):
-        yield f"exit code {ended.code}: {ended.said}"
-    if "Traceback" in ended.said:
-        yield f"a traceback: {ended.said}"
-    if ended.code == 1 and "error: " not in ended.said:
-        yield f"failed without a word: {ended.said}"
-    if ended.code == 0 and {name: now.get(name) for name in good} != good:
-        yield "did not fail, and did not do its work"
+    killed, undo, index = ended.code == -signal.SIGKILL, f"{writer.changed}.undo", "m.safetensors.index.json"
+    done = all(now.get(name) == content for name, content in good.items())
+    wrong = {
+        "bad exit code": not killed and ended.code not in (0, 1),
+        "a traceback": "Traceback" in ended.said,
+        "failed without a message": ended.code == 1 and "error: " not in ended.said,
+        "succeeded without doing its work": ended.code == 0 and not done,
+        "the index exists, but not all of its shards": index in now and not done,
+    }
+    yield from (f"{what} ({ended.code}): {ended.said}" for what, found in wrong.items() if found)
     for name in {*start, *good} - {undo}:
-        if name == writer.changed and undo in now:
-            continue
-        if now.get(name) not in (start.get(name), good.get(name), old.get(name)):
+        if now.get(name) not in (start.get(name), good.get(name), old.get(name)) and not (
+            name == writer.changed and undo in now
+        ):
             yield f"{name} is neither the old file nor the new one"
-        if name in start and name not in now:
-            yield f"{name} is gone"
-    index = "m.safetensors.index.json"
-    if index in now and any(now.get(name) != good[name] for name in good):
-        yield "the index is there, and not all of its shards"
     excused = killed or fault.what.startswith(LASTING) or ended.met in ("unlink", "scandir", "flock", "open", "fstat")
-    for name in set(now) - set(start) - set(good) - {undo}:
+    expected = {undo, *start, *(good if index in now or index not in good else ())}
+    for name in set(now) - expected:
         if not (excused and LEFT.fullmatch(Path(name).name)):
             yield f"{name} is left behind"
-    if index not in now and not killed and not excused and any(map(re.compile("m-").match, now)):
-        yield "shards are left behind without their index"
 
 
 def main() -> int:
@@ -391,17 +385,11 @@ def main() -> int:
             cli.main(writer.words.split())
         sys.stderr = real
         gc.freeze()  # or collections in the children copy every page
-        tasks = list(itertools.product(args.writers or WRITERS, DRIVES))
-        children = []
-        for job in range(args.jobs):
-            child = os.fork()
-            if not child:
-                for name, drive in tasks[job :: args.jobs]:
-                    line = json.dumps(sweep(name, drive, inputs, Path(place, f"job-{job}"), args.all))
-                    os.write(1, f"{line}\n".encode())
-                os._exit(0)
-            children.append(child)
-        return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        tasks = [(name, drive, inputs, place, args.all) for name in args.writers or WRITERS for drive in DRIVES]
+        with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+            for found in pool.starmap(sweep, tasks, chunksize=1):
+                sys.stdout.write(f"{json.dumps(found)}\n")
+    return 0
 
 
 if __name__ == "__main__":
