@@ -295,8 +295,9 @@ def checkpoint_files(path: Path, weight_map: dict[str, str] | None = None) -> li
     """The file itself, or the shards listed in an index, whose `weight_map` may have been read already."""
     shards = dict.fromkeys((_weight_map(path) if weight_map is None else weight_map).values())
     for shard in shards:
-        # Only names in its own folder: no path, no "..", no NUL.
-        if shard in ("", "..") or Path(shard).name != shard or "\0" in shard:
+        # Only names in its own folder that a disk can store: no path, no "..", no NUL.
+        too_long = len(shard.encode(errors="replace")) > 255
+        if shard in ("", "..") or Path(shard).name != shard or "\0" in shard or too_long:
             raise CheckpointError(f"its shards should be files in its own folder, found {shard!r}", path=path)
     return [path.parent / shard for shard in shards] or [path]
 

@@ -244,6 +244,7 @@ BAD_INDEXES = {
     "a shard by its path": (b'{"weight_map": {"a": "sub/1.safetensors"}}', "found 'sub/1.safetensors'"),
     "a shard anywhere": (
         b'{"weight_map": {"a": "/etc/passwd"}}', "its shards should be files in its own folder, found '/etc/passwd'"),
+    "a shard name that is too long": (json.dumps({"weight_map": {"a": "x" * 256}}).encode(), "found 'xxx"),
     "its folder as a shard": (b'{"weight_map": {"a": "."}}', "found '.'"),
     "a shard name with a NUL": (b'{"weight_map": {"a": "1\\u0000.safetensors"}}', "found '1\\x00.safetensors'"),
 }  # fmt: skip
