@@ -10,22 +10,21 @@ same state. With the predictions v of the reference and u of the quantized model
     SQNR = 10 log10(Σ v² / Σ (v - u)²) dB
 
 and, under classifier-free guidance, its mean over both predictions (with the prompt and without). Averages are over
-prompts, in dB; spreads are standard errors of that mean. The state moves by the guided velocity
-v_negative + guidance · (v - v_negative). The PSNR of the final latents is 10 log10(range² / mean squared difference),
-where the range is the largest minus the smallest value of the reference's latents.
+prompts, in dB; spreads are standard errors of that mean. The state moves by v_negative + guidance · (v - v_negative).
+The PSNR of the final latents is 10 log10(range² / mean squared difference), with the range of the reference's latents.
 
 On noise. A check on the data of the calibration checks nothing, so `noise_scenes` shares only white latents with
 `engines.noise`: it draws from other random streams whatever the seed, gives each prompt a magnitude anywhere in
 `MAGNITUDES` where calibration has fixed ones, pads every second prompt with zeros from a random length on, and uses two
 sizes. Its results differ from those of real prompts: see `OFF_BY_DB`.
 
-Per layer, on request: the reference's layer and the quantized one get the same input, the reference's, and their
-outputs are compared token by token. The error of a token is ‖y - y'‖ / ‖y‖. An error over the whole tensor hides lost
-tokens behind a few outlier tokens, so the means over all tokens and over the worst 1 % are reported too.
+Per layer, on request, the reference's layer and the quantized one get the reference's input, and their outputs are
+compared token by token: ‖y - y'‖ / ‖y‖. An error over the whole tensor hides lost tokens behind a few outlier tokens,
+so the means over all tokens and over the worst 1 % are reported too.
 
-NaN and infinity. A value that is not finite in the output of a linear layer, a velocity, or the final latents of either
-model is refused, even if the rest of the model hides it; the error names the file, the first such layer, and the noise
-level. So all results are finite. Ratios are limited to ±`EXACT_DB`: no difference, and any difference from zeros.
+NaN and infinity in the output of a linear layer, a velocity, or the final latents of either model are refused, even if
+the rest of the model hides them; the error names the file, the first such layer, and the noise level. Ratios are
+limited to ±`EXACT_DB`: no difference, and any difference from zeros.
 """
 
 from __future__ import annotations

@@ -1,24 +1,21 @@
 """What a checkpoint is and what is wrong with it, from its headers and scales: few weights are read, nothing is run.
 
-Two FP8 files of the same model look alike and behave differently: one declares its layers in the header and one in
-tensors, one has input scales and one leaves them at 1.0, one has a legacy marker that turns FP8 matmuls off. Readers
-ignore the difference or fail during generation. `inspect_checkpoint` reports it beforehand: for each layer the format,
-bits, granularity, quantization config, input scale, and what ComfyUI does with it (a key of `READINGS`); and for the
-file a `Problem` of each kind of `KINDS` that it has.
+FP8 files of the same model can differ in ways that readers ignore or fail on during generation. `inspect_checkpoint`
+reports them beforehand: per layer the format, bits, granularity, quantization config, input scale, and what ComfyUI
+does with it (a key of `READINGS`); per file a `Problem` for each kind of `KINDS` that it has.
 
-An input scale is *suspicious* if its range, the largest value of the format times the scale, is far from any measured
-one: published ranges lie between about 1 and 6.6e4. Accepted are 4e-4 to 1.8e6.
+An input scale is *suspicious* if its range, the largest value of the format times the scale, is outside 4e-4 to 1.8e6;
+published ranges lie between about 1 and 6.6e4.
 
-A weight scale is *absurd* if the largest weight is outside 2⁻²⁰ to 2¹⁴. Weights of real layers reach 1e-3 to a few
-hundred; 1/s instead of s makes every FP8 layer whose largest weight is below 12 exceed 2¹⁴. The largest weight is
-estimated as the largest scale times the reach of the format (`Format.range`). A scale of at most 1.0 is never too
-large, since a plain cast uses a small part of a wide format. If a scale is outside, up to 64 KiB of the layer's codes
-are read: if all are 0, any scale is fine; otherwise their largest value (for NVFP4 the largest block scale) replaces
-the reach. Of MXFP8, which has block scales alone, up to 64 KiB of them are read.
+A weight scale is *absurd* if the largest weight, estimated as the largest scale times the reach of the format
+(`Format.range`), is outside 2⁻²⁰ to 2¹⁴. Weights of real layers reach 1e-3 to a few hundred; 1/s instead of s makes
+every FP8 layer whose largest weight is below 12 exceed 2¹⁴. A scale of at most 1.0 is never too large, since a plain
+cast uses a small part of a wide format. If a scale is outside, up to 64 KiB of the codes are read: if all are 0, any
+scale is fine; otherwise their largest value (for NVFP4 the largest block scale) replaces the reach. Of MXFP8, which
+has only block scales, up to 64 KiB of them are read.
 
-A codebook is *missing* in W4A8 if the group scales are as large as only a codebook makes them. Without one readers
-take codes for -8 to 7, times a scale of at most 127 in all; with one, for numbers below 1, so scales are eight times
-as large.
+A codebook is *missing* in W4A8 if the group scales are as large as only a codebook makes them: readers without one take
+codes for -8 to 7, times a scale of at most 127; with one, for numbers below 1, so scales are eight times as large.
 
 A weight is *misshapen* if its rows do not match its bias, if it alone among the blocks is transposed, or if it does
 not match the norms of its block.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -176,14 +175,6 @@ def test_progress_counts_prompts_and_levels():
     calls = []
     compare(Line(1), Line(1), steps=2, batch=2, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(2, 6), (4, 6), (5, 6), (6, 6)]
-
-
-def test_the_result_is_json():
-    found = compare(Line(0.5), Line(0.55), steps=2)
-    values = json.loads(json.dumps(found.to_json()))
-    assert values["levels"][0]["sigma"] == 1.0
-    assert values["prompts"] == 3
-    assert values["steps"] == 2
 
 
 @pytest.mark.parametrize(("option", "none"), [("steps", 0), ("batch", 0), ("prompts", prompts(0))])

@@ -48,25 +48,25 @@ FLUX = {
         ("step", None, "unknown"),
     ],
 )  # fmt: skip
-def test_a_file_is_known_by_what_only_its_kind_has(tensors: str, kind: str | None, title: str) -> None:
+def test_a_file_is_known_by_what_only_its_kind_has(tensors, kind, title):
     found = of_shapes(dict.fromkeys(tensors.split(), (64, 64)))
     assert (found.kind, found.title, found.family) == (kind, title, None)
 
 
-def test_a_file_of_convolutions_under_an_encoder_and_a_decoder_is_a_vae() -> None:
+def test_a_file_of_convolutions_under_an_encoder_and_a_decoder_is_a_vae():
     assert of_shapes(dict.fromkeys(("encoder.conv_in.weight", "decoder.mid.q.weight"), (8, 3, 3, 3))).kind == "vae"
 
 
-def test_statistics_say_so_in_the_header() -> None:
+def test_statistics_say_so_in_the_header():
     assert of_shapes(FLUX, {STATISTICS_KEY}).kind == "statistics"
 
 
-def test_mistral_is_known_by_its_vocabulary() -> None:
+def test_mistral_is_known_by_its_vocabulary():
     shapes = {**dict.fromkeys(LLAMA.split(), (64, 64)), "model.embed_tokens.weight": (131072, 64)}
     assert of_shapes(shapes).title == "text encoder (Mistral)"
 
 
-def _in_blocks(word: str) -> Callable[[str], str]:
+def _in_blocks(word):
     return lambda name: re.sub(r"^(\w+_blocks\.\d+)\.", rf"\1.{word}", name)
 
 
@@ -83,30 +83,30 @@ WRAPPERS: dict[str, Callable[[str], str]] = {
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 @pytest.mark.parametrize("beside", ["", "vae.decoder.conv_in.weight", "first_stage_model.conv.weight"])
-def test_what_savers_put_into_names_changes_nothing(wrap: Callable[[str], str], beside: str) -> None:
+def test_what_savers_put_into_names_changes_nothing(wrap, beside):
     shapes = {wrap(name): shape for name, shape in FLUX.items()} | ({beside: (4, 4)} if beside else {})
     found = of_shapes(shapes)
     assert (found.key, dict(found.shapes)) == ("flux1", FLUX)
 
 
 @pytest.mark.parametrize("stray", ["step", "global_step", "model_sampling.sigmas", "logvar.0.freqs"])
-def test_training_state_and_tables_beside_a_model_change_nothing(stray: str) -> None:
+def test_training_state_and_tables_beside_a_model_change_nothing(stray):
     assert of_shapes({**{"net." + name: shape for name, shape in FLUX.items()}, stray: (4,)}).key == "flux1"
 
 
-def test_a_moving_average_beside_the_model_is_another_part() -> None:
+def test_a_moving_average_beside_the_model_is_another_part():
     copies = {prefix + name: shape for name, shape in FLUX.items() for prefix in ("model.", "ema_model.")}
     assert dict(of_shapes(copies).shapes) == FLUX
 
 
-def test_an_unknown_word_before_all_names_is_told() -> None:
+def test_an_unknown_word_before_all_names_is_told():
     found = of_shapes({"first." + name: shape for name, shape in FLUX.items()})
     assert found.hint in found.notes
     title = "Flux.1 (dev, schnell, Kontext, Fill, Krea)"
     assert found.hint == f"without the prefix first. it would be {title}: remove the prefix from its tensor names"
 
 
-def test_a_text_encoder_is_converted_without_input_scales_and_embeddings(save) -> None:
+def test_a_text_encoder_is_converted_without_input_scales_and_embeddings(save):
     layer = "encoder.block.0.layer.0.SelfAttention"
     tensors = {
         f"{layer}.{name}.weight": np.ones((64, 64), np.float16) for name in ("q", "o", "relative_attention_bias")
@@ -120,7 +120,7 @@ def test_a_text_encoder_is_converted_without_input_scales_and_embeddings(save) -
     )
 
 
-def test_what_is_no_model_is_not_converted(save) -> None:
+def test_what_is_no_model_is_not_converted(save):
     path = save("lora.safetensors", {f"a.lora_{half}.weight": np.ones((16, 16), np.float16) for half in "AB"})
     with open_checkpoint(path) as lora, pytest.raises(CheckpointError, match="nothing to convert: adapter"):
         plan_conversion(lora, ConvertOptions())

@@ -1,17 +1,14 @@
-"""Quantized files written anew: rounded to another format, in BF16, and under other marks."""
+"""Quantized files rewritten: rounded to another format, in BF16, and in other conventions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from on_disk import contents, converted
 
-from convert_to_quant.checkpoint import Checkpoint, open_checkpoint
+from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.convert import plan_conversion
 from convert_to_quant.errors import OutputError, TensorError
 from convert_to_quant.formats import FORMATS, WRITTEN
@@ -24,10 +21,8 @@ from convert_to_quant.options import ConvertOptions
 LAYER = "blocks.0.mlp"
 OTHERS = {"blocks.0.norm.weight": np.ones(8, np.float32), "embed.weight": np.ones((3, 5), np.float16)}
 
-Save = Callable[..., Path]
 
-
-def weights() -> np.ndarray[Any, np.dtype[np.float32]]:
+def weights():
     """A weight [288, 256]: two tiles of scales and a part."""
     random = np.random.default_rng(3)
     weight = random.standard_normal((288, 256)) * np.exp(random.standard_normal((288, 1)))
@@ -35,15 +30,15 @@ def weights() -> np.ndarray[Any, np.dtype[np.float32]]:
     return weight.astype(np.float32)
 
 
-def real(checkpoint: Checkpoint) -> np.ndarray[Any, np.dtype[np.float32]]:
+def real(checkpoint):
     return dequantize(checkpoint, find_layers(checkpoint).quantized[LAYER])
 
 
 @pytest.fixture
-def make(save: Save, tmp_path: Path) -> Callable[[str], Path]:
-    """A file with one layer in a format, and tensors that are none of our business."""
+def make(save, tmp_path):
+    """A file with one layer in a format, and other tensors."""
 
-    def make(name: str) -> Path:
+    def make(name):
         source = save("16.safetensors", {LAYER + ".weight": weights()} | OTHERS, {"author": "me"})
         converted(source, output := tmp_path / f"{name}.safetensors", format=name)
         return output
@@ -52,9 +47,7 @@ def make(save: Save, tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize(("before", "after"), [(name, WRITTEN[number - 1]) for number, name in enumerate(WRITTEN)])
-def test_any_format_is_rounded_to_any_other_as_its_real_weights_would_be(
-    make: Any, save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str
-) -> None:
+def test_any_format_is_rounded_to_any_other_like_its_real_weights(make, save, tmp_path, monkeypatch, before, after):
     monkeypatch.setattr("convert_to_quant.quantize.BAND_VALUES", 50 * 256)  # bands that no tile ends with
     source, output, expected = make(before), tmp_path / "out.safetensors", tmp_path / "expected.safetensors"
     notes = converted(source, output, format=after, requantize=True)
@@ -66,7 +59,7 @@ def test_any_format_is_rounded_to_any_other_as_its_real_weights_would_be(
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_what_is_in_the_wanted_format_stays_as_it_is(make: Any, tmp_path: Path, name: str) -> None:
+def test_layers_in_the_wanted_format_stay_unchanged(make, tmp_path, name):
     source = make(name)
     with pytest.raises(OutputError, match="nothing to convert"):
         converted(source, tmp_path / "out.safetensors", format=name, requantize=True)
@@ -76,8 +69,8 @@ def test_what_is_in_the_wanted_format_stays_as_it_is(make: Any, tmp_path: Path, 
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_a_mix_is_completed_and_marked_alike(save: Save, build: Any, tmp_path: Path) -> None:
-    """A legacy file: what its family keeps and what is in the format already stays, under the marks of the rest."""
+def test_a_mix_is_completed_in_one_convention(save, build, tmp_path):
+    """A legacy file: excluded layers and those in the format stay, in the convention of the rest."""
     tensors, _ = build.quantized([f"blocks.{i}.a" for i in range(3)], "legacy", input_scale=0.25)
     e5m2, _ = build.quantized(["blocks.3.a"], "legacy", input_scale=2.0, dtype="F8_E5M2")
     raw = {"blocks.4.a.weight": ("F8_E4M3", np.full((16, 32), 0x38, np.uint8))}
@@ -121,7 +114,7 @@ UNTOLD = {
 
 
 @pytest.mark.parametrize("titles", UNTOLD)
-def test_a_layer_without_mark_that_may_be_several_things_is_refused(save: Save, tmp_path: Path, titles: str) -> None:
+def test_an_ambiguous_layer_without_config_is_refused(save, tmp_path, titles):
     path = save("in.safetensors", {LAYER + suffix: tensor for suffix, tensor in UNTOLD[titles].items()})
     said = f"{path}: {LAYER}: no quantization config names its format, and its tensors fit several formats: {titles} "
     with open_checkpoint(path) as checkpoint:
@@ -138,7 +131,7 @@ def test_a_layer_without_mark_that_may_be_several_things_is_refused(save: Save, 
 # to BF16
 
 
-def dequantized(source: Path, output: Path) -> str:
+def dequantized(source, output):
     with open_checkpoint(source) as checkpoint:
         layout, jobs, done = plan_bfloat16(checkpoint)
         write(checkpoint, layout, output, jobs)
@@ -146,9 +139,7 @@ def dequantized(source: Path, output: Path) -> str:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_dequantized_weights_are_the_nearest_bfloat16_and_nothing_else_changes(
-    make: Any, build: Any, tmp_path: Path, name: str
-) -> None:
+def test_dequantized_weights_are_the_nearest_bfloat16_and_nothing_else_changes(make, build, tmp_path, name):
     source, output = make(name), tmp_path / "out.safetensors"
     with open_checkpoint(source) as checkpoint:
         expected = build.to_bfloat16(real(checkpoint))
@@ -161,7 +152,7 @@ def test_dequantized_weights_are_the_nearest_bfloat16_and_nothing_else_changes(
         assert set(find_layers(checkpoint).plain) == {LAYER, "embed"}
 
 
-def test_what_cannot_be_read_stays_with_its_marks(save: Save, build: Any, tmp_path: Path) -> None:
+def test_unreadable_layers_keep_their_configs(save, build, tmp_path):
     tensors, metadata = build.quantized(["blocks.0.a"], "header")
     raw = {"blocks.2.a.weight": ("F8_E4M3", np.full((16, 32), 0x38, np.uint8))}
     foreign = {"blocks.1.a.weight": np.ones((4, 4), np.int8), "blocks.1.a.weight_scale": np.ones(4, np.float32)}
@@ -178,7 +169,7 @@ def test_what_cannot_be_read_stays_with_its_marks(save: Save, build: Any, tmp_pa
         assert checkpoint.bits("blocks.2.a.weight").tolist() == [[0x3F80] * 32] * 16
 
 
-def test_a_convolution_keeps_the_legacy_marker_that_it_needs(save: Save, build: Any, tmp_path: Path) -> None:
+def test_a_convolution_keeps_the_legacy_marker_that_it_needs(save, build, tmp_path):
     tensors, _ = build.quantized(["blocks.0.a"], "legacy")
     conv = {"conv.weight": ("F8_E4M3", np.ones((4, 4, 3, 3), np.uint8)), "conv.scale_weight": np.float32(1)}
     source = save("in.safetensors", tensors | conv | {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))})
@@ -189,10 +180,10 @@ def test_a_convolution_keeps_the_legacy_marker_that_it_needs(save: Save, build: 
             plan_migration(checkpoint, "comfy")
 
 
-# marks
+# conventions
 
 
-def migrated(source: Path, target: str) -> Path:
+def migrated(source, target):
     output = source.with_name(f"{target}.safetensors")
     with open_checkpoint(source) as checkpoint:
         layout, _, _ = plan_migration(checkpoint, target)
@@ -201,7 +192,7 @@ def migrated(source: Path, target: str) -> Path:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_marks_go_round_without_a_change_of_weights(save: Save, build: Any, full: bool) -> None:
+def test_a_round_trip_through_all_conventions_changes_nothing(save, build, full):
     config = {"full_precision_matrix_mult": True} if full else {}
     names = ["model.diffusion_model.blocks.0.a", "model.diffusion_model.blocks.1.a"]
     start = migrated(save("in.safetensors", *build.quantized(names, "tensor", input_scale=0.5, **config)), "comfy")
@@ -218,7 +209,7 @@ def test_marks_go_round_without_a_change_of_weights(save: Save, build: Any, full
 
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_format_that_a_target_cannot_say_is_named(make: Any, tmp_path: Path, target: str, name: str) -> None:
+def test_a_target_refuses_formats_that_it_cannot_express(make, tmp_path, target, name):
     source = make(name)
     said = {"legacy": ("fp8",), "diffusers": ("fp8", "fp8-row")}.get(target, WRITTEN)
     if name in said:
@@ -231,7 +222,7 @@ def test_a_format_that_a_target_cannot_say_is_named(make: Any, tmp_path: Path, t
     assert str(caught.value).endswith(f"only, and this is {FORMATS[name].marked}")
 
 
-def test_two_scales_of_one_kind_are_refused(save: Save, build: Any) -> None:
+def test_two_scales_of_one_kind_are_refused(save, build):
     tensors, _ = build.quantized(["a"], "tensor")
     path = save("in.safetensors", tensors | {"a.scale_weight": np.float32(2)})
     with open_checkpoint(path) as checkpoint, pytest.raises(TensorError) as caught:
@@ -239,7 +230,7 @@ def test_two_scales_of_one_kind_are_refused(save: Save, build: Any) -> None:
     assert str(caught.value) == f"{path}: a.scale_weight: the layer also has this scale under another name"
 
 
-def test_a_stray_legacy_marker_decides_nothing_in_the_new_file(save: Save, build: Any) -> None:
+def test_a_stray_legacy_marker_has_no_effect(save, build):
     tensors, _ = build.quantized(["a"], "tensor")
     source = save("in.safetensors", tensors | {"scaled_fp8": ("F8_E4M3", np.zeros(2, np.uint8))})
     with open_checkpoint(migrated(source, "legacy")) as checkpoint:
@@ -247,7 +238,7 @@ def test_a_stray_legacy_marker_decides_nothing_in_the_new_file(save: Save, build
         assert not find_layers(checkpoint).quantized["a"].full_precision
 
 
-def test_a_legacy_file_says_full_precision_of_all_layers_or_none(save: Save, build: Any) -> None:
+def test_a_legacy_file_has_full_precision_for_all_layers_or_none(save, build):
     one, _ = build.quantized(["blocks.0.a"], "tensor")
     two, _ = build.quantized(["blocks.1.a"], "tensor", full_precision_matrix_mult=True)
     path = save("in.safetensors", one | two)
@@ -260,7 +251,7 @@ def test_a_legacy_file_says_full_precision_of_all_layers_or_none(save: Save, bui
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8-row"])
-def test_diffusers_reads_what_is_written_for_it(make: Any, name: str) -> None:
+def test_diffusers_reads_the_diffusers_convention(make, name):
     quantizer = pytest.importorskip("diffusers.quantizers.bfl.bfl_quantizer")
     from diffusers.quantizers.quantization_config import BFLQuantizationConfig
     from safetensors.torch import load_file

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import OptionError
 from ..options import SolveOptions, add_options, options_of
@@ -157,20 +157,16 @@ def sides_of(
             f"no statistics of the layer inputs of {models[0].name}",
             hint=f"convert_to_quant observe {models[0].name} -o stats.safetensors, or add a second checkpoint",
         )
-    chosen = [options] * max(len(statistics), len(models))
+    chosen = [options]
     if args.against is not None:
         if len(statistics) != 1 or len(models) > 1:
             raise OptionError("--against needs one statistics file (or --merge) and at most one checkpoint")
-        chosen = [options, other_options(args)]
+        chosen.append(other_options(args))
+
+    sides: dict[str, list[Any]] = {"statistics": statistics, "model": models, "options": chosen, "trials": trials}
     return [
-        Source(
-            statistics=statistics[min(number, len(statistics) - 1)] if statistics else None,
-            model=models[min(number, len(models) - 1)] if models else None,
-            options=one,
-            trials=trials[min(number, len(trials) - 1)] if trials else None,
-            files=files,
-        )
-        for number, one in enumerate(chosen)
+        Source(files=files, **{name: given[min(number, len(given) - 1)] for name, given in sides.items() if given})
+        for number in range(max(map(len, sides.values())))
     ]
 
 

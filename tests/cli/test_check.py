@@ -127,14 +127,6 @@ def test_a_model_below_what_was_asked_for_fails(ctq, done, flux_file, fp8_file):
     assert outcome.out.startswith("sigma"), "quiet does not suppress data"
 
 
-def test_json_on_stdout_is_one_document(ctq, flux_file, fp8_file):
-    found = json.loads(ctq("check", flux_file, fp8_file, *SMALL, "--layers", "--json", "-").out)
-    assert found["prompts"] == 4
-    assert [(size["geometry"]["height"], size["geometry"]["width"]) for size in found["sizes"]] == [(2, 3), (1, 2)]
-    assert found["worst_db"] == min(size["worst_db"] for size in found["sizes"])
-    assert found["worst_db"] == min(level["worst_db"] for level in found["levels"])
-
-
 ONE_SIZE = ("--height", 32, "--width", 48, "--steps", 2, "--json", "-")
 
 

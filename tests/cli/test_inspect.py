@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from convert_to_quant.cli.terminal import WIDEST
-
 
 @pytest.fixture
 def look(ctq):
@@ -90,21 +88,11 @@ def test_the_table_of_layers(golden, look, save, build):
     golden("inspect layers of several kinds", out.partition("\n\n")[2])
 
 
-def test_no_line_is_wider_than_a_terminal(look, fp8_file):
-    assert max(map(len, look(fp8_file).splitlines())) <= WIDEST
-
-
 def test_json_on_stdout_is_one_document_and_nothing_else(look, fp8_file):
     document = json.loads(look(fp8_file, "--json", "-", "--layers"))
     assert document["family"] == "flux1"
     assert document["input_scales"] == {"missing": 13}
     assert {layer["reading"] for layer in document["layers"]} == {"fp8-at-one", "high-precision"}
-
-
-def test_json_in_a_file_leaves_the_screen(look, fp8_file, tmp_path):
-    report = tmp_path / "report.json"
-    assert look(fp8_file, "--json", str(report)) == look(fp8_file)
-    assert json.loads(report.read_text(encoding="utf-8"))["problems"] == []
 
 
 GUESSED = {"version": "0.1.0", "calibrate": {"engine": "layer", "samples": 64}}

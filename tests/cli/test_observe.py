@@ -293,35 +293,29 @@ def by_two(start):
     return run
 
 
-def test_two_processes_observe_what_one_does(done, by_two, fp8_file):
-    together, single = fp8_file.with_name("together.safetensors"), fp8_file.with_name("single.safetensors")
-    words = ("observe", fp8_file, *LONG, "--resume", "--save-every", 0)
-    by_two((*words, "-o", together))
-    done(*words, "-o", single)
-    one, two = Statistics.load(single), Statistics.load(together)
-    assert one == two
+TRIALS = ("--trials", "--samples", 3, "--steps", 1, "--height", 32, "--width", 32)
+
+
+@pytest.mark.parametrize(("model", "words"), [("fp8", (*LONG, "--resume", "--save-every", 0)), ("flux", TRIALS)])
+def test_two_processes_do_what_one_does(done, by_two, fp8_file, model, words):
+    source, *outputs = (fp8_file.with_name(f"{name}.safetensors") for name in (model, "together", "single"))
+    for run, output in zip((by_two, lambda words: done(*words)), outputs, strict=True):
+        run(("observe", source, *words, "-o", output))
+    one, other = map(Statistics.load, outputs)
+    assert one == other
     assert not [path for path in fp8_file.parent.iterdir() if "partial" in path.name]
-
-
-def test_two_processes_try_the_layers_that_one_does(done, by_two, flux_file):
-    together, single = flux_file.with_name("together.safetensors"), flux_file.with_name("single.safetensors")
-    words = ("observe", flux_file, "--trials", "--samples", 3, "--steps", 1, "--height", 32, "--width", 32)
-    by_two((*words, "-o", together))
-    done(*words, "-o", single)
-    one, two = Trials.load(single), Trials.load(together)
-    assert one is not None
-    assert two is not None
-    assert (one.layers, one.formats, one.moments) == (two.layers, two.formats, two.moments)
-    assert np.array_equal(one.count, two.count)
-    assert one.count.any((1, 2)).all()
-    assert np.allclose(one.damage, two.damage, rtol=0.02, atol=0)  # batches differ in the last bits
-    assert Statistics.load(single) == Statistics.load(together)
+    two, alone = map(Trials.load, outputs)
+    if "--trials" in words:
+        assert (alone.layers, alone.formats, alone.moments) == (two.layers, two.formats, two.moments)
+        assert np.array_equal(alone.count, two.count)
+        assert alone.count.any((1, 2)).all()
+        assert np.allclose(alone.damage, two.damage, rtol=0.02, atol=0)  # batches differ in the last bits
 
 
 # --- pipelines ---
 
 
-PAINT = ("--height", 8, "--width", 12, "--text-tokens", 6, "--steps", 4)
+PIXELS = ("--height", 8, "--width", 12, "--text-tokens", 6, "--steps", 4)
 
 
 def by_hand(folder: Path, prompts: Path) -> dict[str, float]:
@@ -346,16 +340,16 @@ def by_hand(folder: Path, prompts: Path) -> dict[str, float]:
 
 
 @pytest.fixture
-def painting(pipeline, prompts):
-    """The words of a run that paints the prompts."""
-    return ("observe", "--pipeline", pipeline, "--prompts", prompts, *PAINT)
+def sampling(pipeline, prompts):
+    """The words of a run on the prompts."""
+    return ("observe", "--pipeline", pipeline, "--prompts", prompts, *PIXELS)
 
 
-def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
-    done, painting, pipeline, prompts, flux, fp8_file, tmp_path
+def test_a_pipeline_records_layers_under_both_kinds_of_names(
+    done, sampling, pipeline, prompts, flux, fp8_file, tmp_path
 ):
     stats, ours = tmp_path / "stats.safetensors", tmp_path / "ours.safetensors"
-    outcome = done(*painting, "-o", stats)
+    outcome = done(*sampling, "-o", stats)
     assert outcome.out == ""
     seen = Statistics.load(stats)
     absmax = dict(zip(seen.names, seen.absmax.tolist(), strict=True))
@@ -377,7 +371,7 @@ def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
     assert (tokens["txt_in"], tokens["vector_in.in_layer"]) == (6, 1)
 
     done("apply", fp8_file, stats, "-o", tmp_path / "out.safetensors")
-    done(*painting, fp8_file, "-o", ours)
+    done(*sampling, fp8_file, "-o", ours)
     under_its_own_names = Statistics.load(ours)
     assert set(under_its_own_names.layers) == set(flux.quantized)
     assert under_its_own_names.replace(weights={}) == seen.take(under_its_own_names.names)
@@ -391,11 +385,11 @@ def test_a_pipeline_paints_prompts_under_both_kinds_of_names(
     assert "keeps its scale" not in applied.err
 
 
-def test_an_interrupted_pipeline_goes_on(ctq, done, painting, tmp_path):
+def test_an_interrupted_pipeline_goes_on(ctq, done, sampling, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     whole, stats = tmp_path / "whole.safetensors", tmp_path / "stats.safetensors"
-    words = (*painting, "--samples", 3, "--save-every", 0)
+    words = (*sampling, "--samples", 3, "--save-every", 0)
     done(*words, "-o", whole)
     with interrupted_at(FlowMatchEulerDiscreteScheduler, "step", 6):
         assert ctq(*words, "-o", stats).code == 130
@@ -417,23 +411,23 @@ def test_an_interrupted_pipeline_goes_on(ctq, done, painting, tmp_path):
         ("--prompts empty.txt", 2, "empty.txt: no prompts"),
     ],
 )
-def test_pipelines_and_prompts_that_cannot_be_used_are_refused(ctq, painting, tmp_path, monkeypatch, words, code, said):
+def test_pipelines_and_prompts_that_cannot_be_used_are_refused(ctq, sampling, tmp_path, monkeypatch, words, code, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "model_index.json").write_text(json.dumps({"_class_name": "NoSuchPipeline"}))
     (tmp_path / "empty.txt").write_text("\n  \n")
-    outcome = ctq(*painting, "-o", "s.safetensors", *words.split())
+    outcome = ctq(*sampling, "-o", "s.safetensors", *words.split())
     assert (outcome.code, outcome.out) == (code, "")
     assert said in outcome.err
     assert not (tmp_path / "s.safetensors").exists()
 
 
-def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(ctq, painting, flux_tensors, save, tmp_path):
+def test_a_checkpoint_of_another_model_than_the_pipelines_is_refused(ctq, sampling, flux_tensors, save, tmp_path):
     tensors = flux_tensors()
     dtype, weight = tensors["img_in.weight"]
     tensors["img_in.weight"] = (dtype, np.concatenate([weight, weight[:, :4]], 1))
     model = save("other.safetensors", tensors)
-    outcome = ctq(*painting, model, "-o", tmp_path / "s.safetensors")
+    outcome = ctq(*sampling, model, "-o", tmp_path / "s.safetensors")
     assert outcome.code == 1
     assert f"x_embedder: the pipeline's FluxTransformer2DModel is not the model of {model}" in outcome.err
 

@@ -1,4 +1,4 @@
-"""Every writer survives every fault that the injector knows: see `injector.py`."""
+"""Every writer survives every fault of `injector.py`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import injector
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks, and kills what it forked")
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks and kills processes")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> injector.Files:
-    """What the writers read."""
+def inputs(tmp_path_factory):
+    """Inputs of the writers."""
     folder = tmp_path_factory.mktemp("inputs")
     injector.make_inputs(folder)
     return injector.look(folder)
@@ -26,9 +25,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> injector.Files:
 
 @pytest.mark.parametrize("lacking", [name for name in injector.LACKING if name not in injector.DRIVES])
 @pytest.mark.parametrize("name", [name for name, writer in injector.WRITERS.items() if not writer.torn])
-def test_every_writer_does_its_work_or_says_why_not_where_something_is_missing(
-    tmp_path: Path, inputs: injector.Files, name: str, lacking: str
-) -> None:
+def test_every_writer_works_or_fails_cleanly_where_a_feature_is_missing(tmp_path, inputs, name, lacking):
     writer, folder = injector.WRITERS[name], tmp_path / "folder"
     start, words = {**inputs, **dict.fromkeys(writer.older, b"older")}, writer.words.split()
     injector.lay(folder, start)
@@ -43,9 +40,7 @@ def test_every_writer_does_its_work_or_says_why_not_where_something_is_missing(
     assert injector.look(folder) == (start if needed else good)
 
 
-def test_what_windows_keeps_or_another_program_has_open_is_refused_in_one_line(
-    tmp_path: Path, inputs: injector.Files
-) -> None:
+def test_reserved_and_open_files_on_windows_are_refused_in_one_line(tmp_path, inputs):
     folder, lacking = tmp_path / "folder", "Windows"
     injector.lay(folder, {**inputs, "out.safetensors": b"older"})
     words = ["-i", "bf16.safetensors", "-o"]
@@ -62,8 +57,8 @@ def test_what_windows_keeps_or_another_program_has_open_is_refused_in_one_line(
 
 
 @pytest.fixture(scope="module")
-def swept() -> list[dict[str, Any]]:
-    """What the injector found."""
+def swept():
+    """Results of the injector."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("injector.py")], capture_output=True, text=True, check=False
     )
@@ -71,12 +66,12 @@ def swept() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_whatever_fails_wherever_a_result_is_the_old_one_or_the_new_one(swept: list[dict[str, Any]]) -> None:
+def test_after_any_fault_every_file_is_the_old_or_the_new_one(swept):
     assert not [f"{one['writer']}, {one['drive']}: {problem}" for one in swept for problem in one["problems"]]
 
 
-def test_every_writer_is_failed_and_killed_at_every_call_on_both_kinds_of_drive(swept: list[dict[str, Any]]) -> None:
-    drives: dict[str, set[str]] = {}
+def test_every_call_of_every_writer_fails_and_is_killed_on_both_kinds_of_drive(swept):
+    drives = {}
     for one in swept:
         drives.setdefault(one["writer"], set()).add(one["drive"])
         assert one["kills"] == one["calls"] + 1 > 10
