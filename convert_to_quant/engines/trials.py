@@ -23,7 +23,7 @@ measures a mix. Measuring every layer again around a mix and choosing again gave
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -197,20 +197,13 @@ class Bench:
     def inputs(self, place: int, layers: Sequence[str]) -> dict[str, list[Tensor]]:
         """The inputs of layers of one block at every moment; those of several calls are joined, [tokens, in]."""
         seen: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-
-        def stop(*_: Any) -> None:
-            raise _StopError
-
         for moment, outputs in zip(self.moments, self.outputs, strict=True):
             calls: dict[str, list[Tensor]] = {layer: [] for layer in layers}
             with ExitStack() as stack:
-                stack.enter_context(suppress(_StopError))
                 for layer, met in calls.items():
                     module, _ = self.modules[layer][0]
                     hook = module.register_forward_pre_hook(lambda _, args, met=met: met.append(args[0]))
                     stack.callback(hook.remove)
-                if self.order:  # nothing behind the block is needed
-                    stack.callback(self.order[place].register_forward_hook(stop).remove)
                 stack.enter_context(self._skipped(place, outputs))
                 self._velocity(moment)
             for layer, met in calls.items():
@@ -287,10 +280,6 @@ def _repeated(output: Any, images: int, copies: int) -> Any:
 
 class _UnbatchedError(Exception):
     """The first dimension of a layer's input is not the batch."""
-
-
-class _StopError(Exception):
-    """Ends an evaluation early."""
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
