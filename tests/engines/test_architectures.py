@@ -202,26 +202,28 @@ def test_qwen_image_edit_2511_tells_the_picture_to_edit_no_time(save_model: Any)
 
 
 @pytest.mark.parametrize(
-    ("shapes", "extra"),
+    ("shapes", "changes", "reason"),
     [
-        (FLUX_1, {"single_blocks.0.linear3.weight": (8, 8)}),
-        (WAN, {"blocks.0.before_proj.weight": (128, 128)}),
-        (HUNYUAN_VIDEO, {"txt_in.fc4.weight": (32, 24)}),
+        (
+            FLUX_1,
+            {"single_blocks.0.linear3.weight": (8, 8)},
+            "single_blocks.0.linear3.weight: has no place",
+        ),
+        (WAN, {"blocks.0.before_proj.weight": (128, 128)}, "blocks.0.before_proj.weight: has no place"),
+        (HUNYUAN_VIDEO, {"txt_in.fc4.weight": (32, 24)}, "txt_in.fc4.weight: has no place"),
+        (FLUX_1, {"double_blocks.0.img_mlp.0.weight": (64, 32)}, "shape [128, 32] was expected"),
+        (FLUX_1, {"single_blocks.1.linear2.bias": None}, "single_transformer_blocks.1.proj_out.bias: has no source in"),
+        (QWEN_IMAGE, {"proj_out.weight": None}, "that is known here: it has no proj_out.weight"),
     ],
 )
-def test_relatives_that_diffusers_class_does_not_know_are_not_run(
-    save_model: Any, shapes: Shapes, extra: Shapes
+def test_layouts_that_diffusers_does_not_know_are_refused(
+    save_model: Any, shapes: Shapes, changes: dict[str, tuple[int, ...] | None], reason: str
 ) -> None:
-    with open_checkpoint(save_model(random_state(shapes | extra))) as checkpoint:
-        assert next(iter(extra)) in (engine.supports(checkpoint) or "")
-
-
-def test_a_file_that_lacks_what_tells_a_size_is_refused_by_the_name_of_the_tensor(save_model: Any) -> None:
-    shapes = {name: shape for name, shape in QWEN_IMAGE.items() if not name.startswith("proj_out")}
-    with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
-        said = engine.supports(checkpoint)
-    assert said is not None
-    assert said.endswith("that is known here: it has no proj_out.weight")
+    changed = {name: shape for name, shape in {**shapes, **changes}.items() if shape is not None}
+    with open_checkpoint(save_model(random_state(changed))) as checkpoint:
+        assert reason in (engine.supports(checkpoint) or "")
+        with pytest.raises(UnsupportedModelError):
+            engine.load(checkpoint)
 
 
 @pytest.mark.parametrize(
