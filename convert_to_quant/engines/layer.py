@@ -112,12 +112,12 @@ def input_range(unit_RI: Float32, squares_I: NDArray[np.float64], out_features: 
     It is 0 if the weight is all zero. Channels whose weights are all zero are left out: they have no effect, and
     nothing shows their values.
     """
-    heard = squares_I > 0
-    if not heard.any():
+    used = squares_I > 0
+    if not used.any():
         return 0.0
-    factors = np.sqrt(out_features / np.count_nonzero(heard) / squares_I[heard])
+    factors = np.sqrt(out_features / np.count_nonzero(used) / squares_I[used])
     largest = float(factors.max())  # factored out so that the rest fits float32
-    relative_RI = unit_RI[:, heard] * (factors / largest).astype(np.float32)
+    relative_RI = unit_RI[:, used] * (factors / largest).astype(np.float32)
     return percentile_of(np.abs(relative_RI, out=relative_RI), percentile) * largest
 
 

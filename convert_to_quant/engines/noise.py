@@ -3,8 +3,8 @@
 A flow model starts from noise, so noise latents are exact at sigma 1, and the model's own steps produce its latents
 below. No noise imitates a text encoder as well. Encoder outputs have a size of their own, and often a few outlier
 channels (Qwen-Image's text stream reaches 4e4). So conditioning is drawn in three ways: zeros, which are also the empty
-prompt of guidance; noise with a few channels `LOUD` times larger than the others; and noise of four times the usual
-size. Both at once would give ranges that real prompts never reach, which cost fidelity.
+prompt of guidance; noise with a few channels `OUTLIER_FACTOR` times larger than the others; and noise of four times the
+usual size. Both at once would give ranges that real prompts never reach, which cost fidelity.
 
 Pooled vectors are smaller than token streams: they leave their encoder through a norm or a projection, without outlier
 channels. One vector modulates every block, so a too large vector raises the range of all layers: with vectors drawn
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from ..families.running import Signal
 
-LOUD = 30.0
-LOUD_SHARE = 1 / 64
+OUTLIER_FACTOR = 30.0
+OUTLIER_SHARE = 1 / 64
 """Size of outlier channels relative to the others, and their share: at least one channel."""
 
 VECTOR_MAGNITUDE = 2.0
@@ -36,17 +36,17 @@ VECTOR_MAGNITUDE = 2.0
 
 @dataclass(frozen=True)
 class Conditioning:
-    """One way to draw noise: the standard deviation of ordinary channels, and whether some are `LOUD` times larger."""
+    """One way to draw noise: the standard deviation of ordinary channels, and whether there are outlier channels."""
 
     name: str
     magnitude: float
-    loud: bool = False
+    outliers: bool = False
 
 
 SILENT = Conditioning("silent", 0.0)
-LOUD_CHANNELS = Conditioning("loud channels", 1.0, loud=True)
+OUTLIERS = Conditioning("loud channels", 1.0, outliers=True)
 STRONG = Conditioning("strong", 4.0)
-CONDITIONINGS = (SILENT, LOUD_CHANNELS, STRONG)
+CONDITIONINGS = (SILENT, OUTLIERS, STRONG)
 """Used in turn. The last two have about the same mean square."""
 
 LATENTS_STREAM, CONDITIONING_STREAM = 0, 1
@@ -71,10 +71,10 @@ def _signal(signal: Signal, way: Conditioning, rng: np.random.Generator) -> Tens
     if signal.kind == "value":
         return torch.full(shape, signal.value)
     if len(signal.shape) == 1:
-        way = replace(way, magnitude=min(way.magnitude, VECTOR_MAGNITUDE), loud=False)
+        way = replace(way, magnitude=min(way.magnitude, VECTOR_MAGNITUDE), outliers=False)
     values = rng.standard_normal(shape, np.float32)
-    if way.loud:
-        channels = shape[-1]
-        values[..., rng.choice(channels, max(round(channels * LOUD_SHARE), 1), replace=False)] *= np.float32(LOUD)
+    if way.outliers:
+        count = max(round(shape[-1] * OUTLIER_SHARE), 1)
+        values[..., rng.choice(shape[-1], count, replace=False)] *= np.float32(OUTLIER_FACTOR)
     values *= np.float32(way.magnitude)
     return torch.from_numpy(values)

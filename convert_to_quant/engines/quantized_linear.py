@@ -57,7 +57,7 @@ def exact_product(codes: Tensor, weight_OI: Tensor) -> Tensor:
 
     On a GPU its own kernel does so, if it supports the dimensions.
     """
-    if codes.device.type == "cuda" and not any(side % 8 for side in weight_OI.shape):
+    if codes.device.type == "cuda" and not any(size % 8 for size in weight_OI.shape):
         rows = codes.reshape(-1, codes.shape[-1])
         padded = pad(rows, (0, 0, 0, max(0, 17 - len(rows))))  # the kernel needs more than 16 rows
         return torch._int_mm(padded, weight_OI.t())[: len(rows)].float().reshape(*codes.shape[:-1], -1)
@@ -213,7 +213,7 @@ class CheckpointLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The real weight [out, in], made anew on every access."""
+        """The real weight [out, in], dequantized on every access."""
         return self.stored.dense(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -365,7 +365,7 @@ def damage_of(bench: Bench, mix: Mapping[str, Candidate]) -> NDArray[np.float64]
     """The damage of a mix of formats, by layer, at every moment, [M]."""
 
     def product(layer: str, candidate: Candidate, x: Tensor, rows: slice) -> Tensor:
-        # Rounded anew every time: the weights of all layers together may not fit into memory.
+        # Rounded every time: the weights of all layers together may not fit into memory.
         return Simulated(bench.weight(layer), candidate).product(x, rows)
 
     wanted = bench.run()

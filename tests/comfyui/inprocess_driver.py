@@ -89,7 +89,7 @@ def tiny(name: str, folder: Path, images: int) -> tuple[int, str, list[str]]:
         detected.append(type(model.patcher.model.model_config).__name__)
         return model
 
-    ways = noise.CONDITIONINGS if images > 1 else (noise.LOUD_CHANNELS,)
+    ways = noise.CONDITIONINGS if images > 1 else (noise.OUTLIERS,)
     with (
         comfyui(),
         tiny_models.assuming(name),
@@ -138,7 +138,7 @@ def folded(name: str, folder: Path) -> tuple[dict[str, list[float]], Statistics,
         model = inprocess.load(checkpoint, find_layers(checkpoint))
         height, width, frames = tiny_models.MODELS[name].size
         scene = model.scene(ShownOptions(height=height, width=width, frames=frames, text_tokens=12))
-        conditioning = model.conditioning(scene, noise.LOUD_CHANNELS, 0, 0)
+        conditioning = model.conditioning(scene, noise.OUTLIERS, 0, 0)
         with record(model.network) as recording:
             model.sample(model.latents(scene, 0, 0), conditioning, model.sigmas(2))
         names = {module: layer for layer, module in model.network.named_modules()}

@@ -210,12 +210,12 @@ def test_a_foreign_format_gives_a_reason(save_model, save, build):
         assert engine.supports(checkpoint) == f"{layer}: 1 layer in svdquant_w4a4, which cannot be dequantized here"
 
 
-def test_a_few_channels_of_a_stream_are_loud_and_none_of_a_vector():
+def test_a_few_channels_of_a_stream_are_outliers_and_none_of_a_vector():
     signals = {"stream": Signal((200, 256)), "vector": Signal((256,))}
-    drawn = noise.conditioning(signals, noise.LOUD_CHANNELS, 1, 0)
+    drawn = noise.conditioning(signals, noise.OUTLIERS, 1, 0)
     spread = drawn["stream"][0].std(0)
     assert int((spread > 10).sum()) == 256 / 64
-    assert float(spread[spread > 10].mean()) == pytest.approx(noise.LOUD, rel=0.1)
+    assert float(spread[spread > 10].mean()) == pytest.approx(noise.OUTLIER_FACTOR, rel=0.1)
     assert float(spread[spread < 10].mean()) == pytest.approx(1, rel=0.05)
     assert float(drawn["vector"].abs().max()) < 6
 
