@@ -8,19 +8,16 @@
 
 Forward pre-hooks pass what each layer multiplies by its weight (`linear_calls`: its input, or an activation of it) to
 `kernels.accumulate`, which adds to totals on the input's own device. No hook waits for the device; the host reads
-values once, in `statistics`. The hooks are removed at the end of the block, even after an exception.
-
-Inside ComfyUI, two of its functions are watched as well, since they compute layers without calling them. Layers that
-ran without an observed input are listed in `Recording.unseen`, and as "unseen" in the provenance of the statistics.
+values once, in `statistics`. Inside ComfyUI, two of its functions are watched as well, since they compute layers
+without calling them. Layers that ran without an observed input are "unseen" in the provenance of the statistics.
 
 Tokens per sample. Shapes show which layers get one token per image, once the batch size is known: it is the first
 dimension of the model's first input with three dimensions or more, or the length of a list of inputs. Set
 `Recording.batch` to override it. If it is unknown, an input [tokens, in_features] counts as one sample.
 
-Compiled models run uncompiled while they are recorded: hooks that are added after compilation have no effect.
-
-Limits. Inputs are recorded as the hook gets them: under autocast, a float32 input before it is cast. Synchronize work
-on several CUDA streams before `statistics`.
+Limits. Compiled models run uncompiled while they are recorded, since hooks that are added later have no effect. Inputs
+are recorded as the hook gets them: under autocast, a float32 input before it is cast. Synchronize work on several CUDA
+streams before `statistics`.
 """
 
 from __future__ import annotations

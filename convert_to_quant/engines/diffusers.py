@@ -1,12 +1,9 @@
 """The model engine: records the inputs of a model's layers while it generates images, on noise or on prompts.
 
-A weight matrix does not show the range of a layer's inputs; only running the network does. Noise is enough to run it
-(`noise.py`), so this is as easy to use as a command without data.
-
-The model (`denoiser.py`) takes Euler steps of flow matching from pure noise, and the recorder measures the input of
-every layer under the checkpoint's own names. The run is cut into units: trajectories that share a kind of conditioning,
-with or without adapters. The statistics of a unit depend only on the unit and add up exactly, so units can run in any
-order and in any number of processes (`session.py`).
+A weight matrix does not show the range of a layer's inputs; only running the network does, and noise is enough for that
+(`noise.py`). The model (`denoiser.py`) takes Euler steps of flow matching from pure noise, and the recorder measures
+the input of every layer under the checkpoint's own names. The run is cut into units (`session.py`): trajectories that
+share a kind of conditioning, with or without adapters.
 
 Defaults, measured on the emoji model (`docs/experiments.md`): ranges hardly depend on the number of steps or the size
 of the image. Three trajectories of one step each calibrate it as well as a hundred evaluations. The default has more

@@ -1,8 +1,7 @@
 """Guesses input ranges from the weight alone, one layer at a time, for models that cannot be run.
 
-A weight does not determine its input range: multiplying a layer's input by any factor and dividing its weight by it
-leaves the network the same. But a weight shows how its input channels relate. A trained layer uses all of them, so
-channels with small weights have large values. The input is simulated as
+A weight does not determine its input range, since a factor can move between them. But it shows how its input channels
+relate: a trained layer uses all of them, so channels with small weights have large values. The input is simulated as
 
     x_j = z_j · sqrt(out / in) / ‖W_:j‖        z of unit variance
 
@@ -10,9 +9,7 @@ so that every channel contributes equally to an output of unit variance: Var(y) 
 The range is a percentile of |x| times a margin (8 by default, since FP8 tolerates headroom but not clipping).
 
 z is normal. For layers with a LoRA, z is the rows of its A with small noise and both signs, at unit variance: real
-inputs had these directions.
-
-The file is read once, no weight is ever completely in memory, and FP8 needs no torch.
+inputs had these directions. No weight is ever completely in memory, and FP8 needs no torch.
 """
 
 from __future__ import annotations

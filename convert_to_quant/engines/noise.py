@@ -1,15 +1,14 @@
 """Noise that replaces prompts when there is no data.
 
 A flow model starts from noise, so noise latents are exact at sigma 1, and the model's own steps produce its latents
-below. No noise imitates a text encoder as well. Encoder outputs have a size of their own, and often a few outlier
-channels (Qwen-Image's text stream reaches 4e4). So conditioning is drawn in three ways: zeros, which are also the empty
-prompt of guidance; noise with a few channels `OUTLIER_FACTOR` times larger than the others; and noise of four times the
-usual size. Both at once would give ranges that real prompts never reach, which cost fidelity.
+below. No noise imitates a text encoder as well: its outputs have a size of their own, and often a few outlier channels
+(Qwen-Image's text stream reaches 4e4). So conditioning is drawn in three ways: zeros, which are also the empty prompt
+of guidance; noise with a few outlier channels; and noise of four times the usual size. Both at once would give ranges
+that real prompts never reach, which cost fidelity.
 
-Pooled vectors are smaller than token streams: they leave their encoder through a norm or a projection, without outlier
-channels. One vector modulates every block, so a too large vector raises the range of all layers: with vectors drawn
-like streams, the emoji model's ranges were 2.2 octaves above those of real prompts, which cost up to 0.6 dB
-(docs/accuracy.md). So a vector has no outlier channels, and at most `VECTOR_MAGNITUDE`.
+Pooled vectors leave their encoder through a norm or a projection, so they have no outlier channels, and they modulate
+every block: with vectors drawn like streams, the emoji model's ranges were 2.2 octaves above those of real prompts,
+which cost up to 0.6 dB (docs/accuracy.md).
 
 Everything is drawn on the CPU with numpy from (seed, number of the trajectory), so a run has the same inputs on any
 machine, in any batch size and in any order.

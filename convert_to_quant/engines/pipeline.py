@@ -1,18 +1,16 @@
 """A diffusers pipeline run on real prompts, to observe the inputs that a model's layers have in use.
 
 Noise is a good substitute for prompts (`noise.py`), but only a text encoder shows the size of its own outputs, and only
-a pipeline has its scheduler, guidance and negative prompt. The pipeline folder contains all of it.
+a pipeline has its scheduler, guidance and negative prompt. diffusers loads the pipeline folder without network access
+and without pickles, and generates an image per prompt at the scheduler's noise levels. To embed prompts only, just the
+text encoders are loaded.
 
-diffusers loads the folder without network access and without pickles, and generates an image per prompt. The inputs of
-the transformer's linear layers are recorded under the names of the checkpoint, if one is given: `provenance.py` traces
-each of its rows. Otherwise they are recorded under both diffusers' and the authors' names (`families`), so that the
-statistics fit a checkpoint of either kind. The parts of a fused layer share one input.
+Inputs are recorded under the names of the checkpoint, if one is given: `provenance.py` traces each of its rows.
+Otherwise they are recorded under both diffusers' and the authors' names (`families`), so that the statistics fit a
+checkpoint of either kind.
 
-Noise levels are those of the scheduler. To embed prompts only, just the text encoders are loaded.
-
-Limits. The noise of image n depends on the seed and n, on any device, but the pipeline generates the image: what else
-it draws comes from its own generator. A pipeline with two transformers is observed one transformer at a time
-(`component`).
+Limits. The noise of image n depends on the seed and n, on any device, but what else the pipeline draws comes from its
+own generator. A pipeline with two transformers is observed one transformer at a time (`component`).
 """
 
 from __future__ import annotations

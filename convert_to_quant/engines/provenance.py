@@ -1,13 +1,10 @@
 """Traces which checkpoint rows each weight of a model comes from.
 
-Models rename a checkpoint's tensors, split fused ones (qkv), swap halves (scale and shift), and drop some. Assigning a
-recorded range to the checkpoint's own layer, and reading a weight from the file when it runs, need that map for every
-tensor.
-
-For diffusers' classes, the rules of `families` give the map (`renamed`). ComfyUI's loader consists of functions on
-tensors instead (`trace`). They get integer tensors as weights: row r of tensor number n contains n · 2^32 + r, and all
-other dimensions are 1. However the functions move rows, the values show where each row came from. Runs of consecutive
-values become `Piece`s.
+Models rename a checkpoint's tensors, split fused ones (qkv), swap halves (scale and shift), and drop some. For
+diffusers' classes, the rules of `families` tell how (`renamed`). ComfyUI's loader consists of functions on tensors
+instead (`trace`). They get integer tensors as weights: row r of tensor number n contains n · 2^32 + r, and all other
+dimensions are 1. However the functions move rows, the values show where each row came from. Runs of consecutive values
+become `Piece`s.
 
 Limits. Such functions may only move whole rows. A function that computes with the values or moves columns gives values
 that are no row numbers, or a shape that the model does not have; both are errors.

@@ -1,29 +1,25 @@
 """A linear layer that reads its weight from a checkpoint when it runs, and computes as a reader of its format does.
 
-A 12B model does not fit a 16 GB GPU in bfloat16, and observing a checkpoint should not copy it into memory. A
-`CheckpointLinear` refers to rows of the file's own layer: on a CPU they stay in mapped pages, on a GPU they are the
-file's own codes (one byte each), and they are dequantized only while the layer runs.
-
-Maths. With weight codes w, weight scale t, input x and input scale s, a quantized layer computes
+A 12B model does not fit a 16 GB GPU in bfloat16. A `CheckpointLinear` refers to rows of the file's own layer: on a CPU
+they stay in mapped pages, on a GPU they are the file's own codes, and they are dequantized only while the layer runs.
+With weight codes w, weight scale t, input x and input scale s, a quantized layer computes
 
     q = round(clamp(x / s, ±max))        y = (q · s) (w · t)ᵀ + bias
 
 where q is on the format's input grid. Formats with a static scale take s from the file; others derive it from x per
 token or per block (`Format.inputs`). Formats that rotate rotate x first, and w was made from rotated weights. Files
-with `pre_quant_scale` multiply x by it before all else.
+with `pre_quant_scale` multiply x by it before all else. The `Arithmetic` decides how q is computed:
 
-The `Arithmetic` decides how q is computed:
     dequantize       no q: y = x (w · t)ᵀ + bias. What a model computes without hardware for the format; for observing.
     comfyui          in x's own dtype, as ComfyUI on a CPU ("eager"): x · (1 / s), or x / s where s is dynamic.
     comfyui_divide   x / s in float32, as its CUDA and Triton kernels do.
     dynamic_tensor   as comfyui_divide with s = absmax(x) / max. No file can ask ComfyUI for this.
     dynamic_row      the same with one s per token, in any format.
-Layers in high precision, and those with `full_precision_matrix_mult`, always use "dequantize".
-(ComfyUI 0.33 quantizes inputs of integer formats in spite of that flag; later versions do not.)
 
-Matmuls are simulated in float32: FP8 values and their products are exact there, so only the order of summation differs
-from a tensor core (`benchmarks/fp8_matmul.py`). Products of integers are summed exactly, as in a reader's int32
-(`exact_product`), and scaled afterwards.
+Layers in high precision, and those with `full_precision_matrix_mult`, always use "dequantize" (ComfyUI 0.33 quantizes
+inputs of integer formats in spite of that flag). Matmuls are simulated in float32: FP8 values and their products are
+exact there, so only the order of summation differs from a tensor core (`benchmarks/fp8_matmul.py`). Products of
+integers are summed exactly, as in a reader's int32 (`exact_product`), and scaled afterwards.
 """
 
 from __future__ import annotations

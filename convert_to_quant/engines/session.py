@@ -1,21 +1,16 @@
 """Runs that can stop, resume, and be shared by several processes.
 
-Observing a large model takes minutes to hours. Statistics are maxima and sums, so a run is cut into units: their order,
-the processes that run them, and interruptions do not change the result.
+Statistics are maxima and sums, so a run is cut into units whose order, processes and interruptions do not change the
+result. A `Unit` is some samples that run together under one kind of conditioning. A session runs the units that are not
+done yet. Every `save_every_seconds` it writes their statistics and names atomically into a partial file beside the
+output; a killed run repeats the units since then. The partial file is a statistics file. Its header also has the
+largest inputs per group of units, which show the layers that depend on the conditioning.
 
-A `Unit` is some samples that run together under one kind of conditioning. A session runs the units that are not done
-yet. Every `save_every_seconds` it writes the statistics and the names of all finished units atomically into a partial
-file beside the output. A killed run repeats the units since then. The partial file is a statistics file. Its header
-also has the largest inputs per group of units: comparing groups shows which layers depend on the conditioning.
+With several processes (`distributed`) each takes every n-th unit and has its own partial file. At the end the
+statistics are merged, and the first process writes them. A session resumes only with the options, model and number of
+processes that it began with.
 
-With several processes (`distributed`) each process takes every n-th unit and has a partial file of its own. At the end
-all statistics are merged, and the first process writes them.
-
-A session resumes only with the number of processes, the model and the options that it began with: it compares
-everything in `options`.
-
-Limits. A repeated unit must give the same bits. The same machine, device and number of threads do; others may differ
-in the last bits.
+Limits. A repeated unit must give the same bits, as it does on the same machine and device with as many threads.
 """
 
 from __future__ import annotations

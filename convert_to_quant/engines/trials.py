@@ -1,20 +1,18 @@
 """Trial runs: how much each number format of each layer would change a model's velocity.
 
-How much a format damages a layer depends on the layer's inputs; how much that changes the image depends on everything
-behind the layer. Weights show neither. So every layer is tried in every format while the model runs in high precision.
-
-Two relative energies per layer and format, at the layer's own inputs while the model generates images:
+The damage by a format depends on the layer's inputs, and on everything behind the layer. Weights show neither, so every
+layer is tried in every format while the model generates images in high precision. Two relative energies result, at the
+layer's own inputs:
 
     output error   ‖y - y'‖² / ‖y‖² of the layer's own output y
     damage         ‖v - v'‖² / ‖v‖² of the velocity v, with only this layer in that format
 
 The output error needs no further run, and ranks formats of one size correctly. Between sizes only the damage does
 (docs/formats.md). So of the formats of one size, only the best by output error runs to the end: the best among those
-that each GPU multiplies, so that no choice of formats loses.
+that each GPU multiplies.
 
-Speed. Blocks run one after the other, so a trial in one block replays the outputs of the blocks before it from the
-reference run. Trials of one block run side by side in one batch, on the inputs of the block's layers, which are kept
-while the block is tried.
+Speed. A trial in one block replays the outputs of the blocks before it from the reference run. Trials of one block run
+side by side in one batch.
 
 Limits. The damages of layers add up only roughly to the damage of all, and both depend on the image size; `damage_of`
 measures a mix. Measuring every layer again around a mix and choosing again gave no better mixes (docs/experiments.md).

@@ -1,17 +1,15 @@
 """Computes the factor of each channel, so that inputs and weights share the differences between channels.
 
 For a channel with the largest input x and the size w of the column that reads it, x is divided by sqrt(x / w) and the
-column multiplied by it, so that both become sqrt(x w). Other shares gave worse results (docs/experiments.md). The rows
-of a weight are measured relative to their own largest value, since most formats have a scale per row; so factors that
-scale rows do not matter.
+column multiplied by it, so that both become sqrt(x w). Other shares gave worse results (docs/experiments.md). Rows of a
+weight are measured relative to their own largest value, since most formats have a scale per row.
 
 One factor for all channels of a group remains free. If a layer also reads other channels (attention beside an MLP), it
 brings x / w to their level. Factors of a modulation's scale must not be below 1: where 1 + scale is near 0, bfloat16
 loses it (docs/experiments.md). Channels that were always zero get the median.
 
-Channels that are already equal stay unchanged. The error of a rounded matmul grows with Σ x² of its inputs and with Σ
-w² of its weights, so the gain is the reduction of Σ x² · Σ w². If it is small, rotation gains more from the channels as
-they are (docs/experiments.md).
+The error of a rounded matmul grows with Σ x² of its inputs and with Σ w² of its weights, so the gain is the reduction
+of Σ x² · Σ w². Where it is small, channels stay unchanged: rotation gains more from them (docs/experiments.md).
 """
 
 from __future__ import annotations
