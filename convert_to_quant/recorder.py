@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -134,22 +134,13 @@ class Recording:
         self._sigma_bins: dict[torch.device, Tensor] = {}
         self._host = {name: np.zeros(len(self._widths), np.int64) for name in ("calls", "rows", "rows_per_sample")}
 
-    def at(self, sigma: Sigma) -> AbstractContextManager[object]:
+    def at(self, sigma: Sigma) -> None:
         """Set the noise level of the next inputs.
 
         Args:
             sigma: in [0, 1]; a number, or a tensor of one or more elements on any device, without waiting for it; None
                 if unknown. Different levels in one batch, and levels outside [0, 1], count as unknown.
-
-        Returns:
-            A context manager that restores the previous level at the end of its block.
         """
-        level = ExitStack()
-        level.callback(self._set_sigma, self._sigma)
-        self._set_sigma(sigma)
-        return level
-
-    def _set_sigma(self, sigma: Sigma) -> None:
         self._sigma = sigma
         self._sigma_bins = {}
 
@@ -295,10 +286,8 @@ def record(
 
     @contextmanager
     def bypass(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-        if module not in modules:
-            yield
-            return
-        watch(module, args, kwargs)
+        if module in modules:
+            watch(module, args, kwargs)
         seen_already.add(module)
         try:
             yield

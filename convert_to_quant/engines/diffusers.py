@@ -2,8 +2,7 @@
 
 A weight matrix does not show the range of a layer's inputs; only running the network does, and noise is enough for that
 (`noise.py`). The model (`denoiser.py`) takes Euler steps of flow matching from pure noise, and the recorder measures
-the input of every layer under the checkpoint's own names. The run is cut into units (`session.py`): trajectories that
-share a kind of conditioning, with or without adapters.
+the input of every layer under the checkpoint's own names. The run is cut into batches (`session.py`).
 
 Defaults, measured on the emoji model (`docs/experiments.md`): ranges hardly depend on the number of steps or the size
 of the image. Three trajectories of one step each calibrate it as well as a hundred evaluations. The default has more
@@ -13,8 +12,7 @@ noise levels because a quarter of the layers of larger models peak away from pur
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ from ..telling import Advance, Progress
 from . import noise, sizes
 from .denoiser import Denoiser, Plan, load, plan, supports
 from .prompts import Prompts
-from .session import Observation, Session, Unit
+from .session import Batch, Observation, Session
 
 __all__ = ["Denoiser", "Observation", "Plan", "load", "observe", "plan", "start", "supports", "trajectory"]
 
@@ -78,17 +76,14 @@ class Images:
     @property
     def ways(self) -> dict[str, range]:
         """The numbers of all images by the name of their conditioning."""
-        if self.prompts is not None:
-            return {"prompts": range(self.samples)}
-        ways = noise.CONDITIONINGS
-        return {way.name: range(turn, self.samples, len(ways)) for turn, way in enumerate(ways[: self.samples])}
+        return noise.ways(self.samples) if self.prompts is None else {"prompts": range(self.samples)}
 
     @property
-    def batches(self) -> list[tuple[str, range]]:
-        """The numbers of images that run together, up to `BATCH_TOKENS`, and the name of their conditioning."""
+    def batches(self) -> list[Batch]:
+        """The images that run together, up to `BATCH_TOKENS`."""
         size = max(BATCH_TOKENS // self.geometry.tokens, 1)
         return [
-            (way, numbers[first : first + size])
+            Batch(way, numbers[first : first + size])
             for way, numbers in self.ways.items()
             for first in range(0, len(numbers), size)
         ]
@@ -100,8 +95,7 @@ class Images:
         if self.prompts is not None:
             rows = [number % self.prompts.count for number in numbers]
             return latents, {name: value[rows] for name, value in self.prompts.tensors.items()}
-        ways = noise.CONDITIONINGS
-        drawn = [noise.conditioning(signals, ways[number % len(ways)], self.seed, number) for number in numbers]
+        drawn = [noise.conditioning(signals, noise.way_of(number), self.seed, number) for number in numbers]
         return latents, {name: torch.cat([values[name] for values in drawn]) for name in signals}
 
     def trajectory(
@@ -150,39 +144,29 @@ def observe(
         StatisticsError: the session cannot be resumed.
     """
     denoiser = load(checkpoint, table, device=shown.device, dtype=dtype)
-    samples = shown.samples or SAMPLES
-    samples = max(samples, len(noise.CONDITIONINGS)) if prompts is None else samples
+    samples = max(shown.samples or SAMPLES, len(noise.CONDITIONINGS) if prompts is None else 1)
     images = Images.of(denoiser, shown, samples, prompts, geometry)
     shapes, feeds = watched(denoiser, layers)
     with record(denoiser.model, shapes, feeds) as recording:
 
-        def generate(numbers: range, adapted: bool, tick: Advance) -> None:
-            recording.batch = len(numbers)
-            with denoiser.adapted(adapters if adapted else None):
-                for _ in images.trajectory(numbers, recording.at):
-                    tick(len(numbers))
+        def generate(batch: Batch, tick: Advance) -> None:
+            recording.batch = len(batch.numbers)
+            with denoiser.adapted(adapters if batch.adapted else None):
+                for _ in images.trajectory(batch.numbers, recording.at):
+                    tick(len(batch.numbers))
 
-        units = [
-            Unit(
-                f"{way}{' adapted' * adapted}, from {numbers[0]}",
-                way,
-                len(numbers),
-                images.steps * len(numbers),
-                partial(generate, numbers, adapted),
-            )
-            for adapted in ((False, True) if adapters else (False,))
-            for way, numbers in images.batches
-        ]
+        batches = images.batches
         return (session or Session()).run(
             recording,
-            units,
+            batches + ([replace(batch, adapted=True) for batch in batches] if adapters else []),
+            generate,
             checkpoint.path,
+            steps=images.steps,
             progress=progress,
             engine="model",
             family=denoiser.plan.family,
             conditioning="noise" if prompts is None else "prompts",
             seed=images.seed,
-            steps=images.steps,
             lora={delta.lora.path.name for some in (adapters.matched if adapters else {}).values() for delta in some},
         )
 

@@ -118,8 +118,8 @@ class Gathering:
                 if layer in self.model.layers:
                     hook = self.model.layers[layer].register_forward_pre_hook(partial(add, layer))
                     stack.callback(hook.remove)
-            for _, numbers in self.images.batches:
-                for _ in self.images.trajectory(numbers):
+            for batch in self.images.batches:
+                for _ in self.images.trajectory(batch.numbers):
                     self.tick(1)
         return {tuple(name for name in owner if owner[name] == first): found for first, found in moments.items()}
 

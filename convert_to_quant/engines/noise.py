@@ -51,6 +51,21 @@ CONDITIONINGS = (SILENT, OUTLIERS, STRONG)
 LATENTS_STREAM, CONDITIONING_STREAM = 0, 1
 
 
+def way_of(number: int) -> Conditioning:
+    """The conditioning of a trajectory."""
+    return CONDITIONINGS[number % len(CONDITIONINGS)]
+
+
+def ways(samples: int) -> dict[str, range]:
+    """The numbers of all trajectories by the name of their conditioning.
+
+    >>> ways(4)
+    {'silent': range(0, 4, 3), 'loud channels': range(1, 4, 3), 'strong': range(2, 4, 3)}
+    """
+    count = len(CONDITIONINGS)
+    return {way.name: range(turn, samples, count) for turn, way in enumerate(CONDITIONINGS[:samples])}
+
+
 def latents(shape: tuple[int, ...], seed: int, number: int) -> Tensor:
     """Pure noise, the state of trajectory `number` at sigma 1: float32 [1, *shape], on the CPU."""
     rng = np.random.default_rng((seed, number, LATENTS_STREAM))

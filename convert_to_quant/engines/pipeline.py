@@ -19,7 +19,6 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from .denoiser import load as load_model
 from .devices import find_device
 from .diffusers import watched
 from .prompts import NEGATIVE, Prompts
-from .session import Observation, Session, Unit
+from .session import Batch, Observation, Session
 
 COMPONENTS = ("transformer", "unet")
 """Names of the diffusion model in pipelines."""
@@ -161,7 +160,8 @@ def observe(
     with record(transformer, shapes, feeds, sigma=lambda *_: _sigma(pipeline.scheduler)) as recording:
 
         @torch.no_grad()
-        def generate(number: int, tick: Advance) -> None:
+        def generate(batch: Batch, tick: Advance) -> None:
+            (number,) = batch.numbers
             left = steps
 
             def step_done(*_: object) -> dict[str, Any]:
@@ -178,14 +178,15 @@ def observe(
 
         return session.run(
             recording,
-            [Unit(f"image {number}", "prompts", 1, steps, partial(generate, number)) for number in range(images)],
+            [Batch("prompts", (number,)) for number in range(images)],
+            generate,
             folder,
+            steps=steps,
             progress=progress,
             engine="pipeline",
             pipeline=type(pipeline).__name__,
             conditioning="prompts",
             seed=options.seed,
-            steps=steps,
         )
 
 

@@ -1,16 +1,16 @@
 """Runs that can stop, resume, and be shared by several processes.
 
-Statistics are maxima and sums, so a run is cut into units whose order, processes and interruptions do not change the
-result. A `Unit` is some samples that run together under one kind of conditioning. A session runs the units that are not
-done yet. Every `save_every_seconds` it writes their statistics and names atomically into a partial file beside the
-output; a killed run repeats the units since then. The partial file is a statistics file. Its header also has the
-largest inputs per group of units, which show the layers that depend on the conditioning.
+Statistics are maxima and sums, so a run is cut into batches whose order, processes and interruptions do not change the
+result. A `Batch` is some images that run together under one kind of conditioning. A session runs the batches that are
+not done yet. Every `save_every_seconds` it writes their statistics and names atomically into a partial file beside the
+output; a killed run repeats the batches since then. The partial file is a statistics file. Its header also has the
+largest inputs per group of batches, which show the layers that depend on the conditioning.
 
-With several processes (`distributed`) each takes every n-th unit and has its own partial file. At the end the
+With several processes (`distributed`) each takes every n-th batch and has its own partial file. At the end the
 statistics are merged, and the first process writes them. A session resumes only with the options, model and number of
 processes that it began with.
 
-Limits. A repeated unit must give the same bits, as it does on the same machine and device with as many threads.
+Limits. A repeated batch must give the same bits, as it does on the same machine and device with as many threads.
 """
 
 from __future__ import annotations
@@ -51,26 +51,27 @@ MOVES = 2.0
 """A layer depends on the conditioning if strong conditioning changes its range by more than this factor."""
 
 Ranges = dict[str, NDArray[np.float32]]
-"""Group of units -> the largest input of each layer, float32 [L]."""
+"""Name of a conditioning -> the largest input of each layer, float32 [L]."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A piece of work.
+class Batch:
+    """A unit of work: images that run together under one kind of conditioning, with adapters or without.
 
     Attributes:
-        name: unique in a run; the partial file lists it.
-        group: units with the same kind of conditioning.
-        samples: number of images.
-        cost: amount of work, for progress.
-        run: does it while the session records, and reports how much of the cost is done.
+        way: name of the conditioning.
+        numbers: of the images in the run.
+        adapted: whether the model has its adapters.
     """
 
-    name: str
-    group: str
-    samples: int
-    cost: int
-    run: Callable[[Advance], None]
+    way: str
+    numbers: Sequence[int]
+    adapted: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique in a run; the partial file lists it."""
+        return f"{self.way}{' adapted' * self.adapted}, from {self.numbers[0]}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Observed:
-    """What the finished units observed, with the largest inputs per group, and the names of the units."""
+    """What the finished batches observed, their largest inputs by conditioning, and their names."""
 
     statistics: Statistics
     ranges: Ranges = field(default_factory=dict)
@@ -120,13 +121,13 @@ class Observed:
 
 
 class Session:
-    """One run, from its first unit to the output file. Without an output it writes nothing.
+    """One run, from its first batch to the output file. Without an output it writes nothing.
 
     Args:
         output: path of the statistics file.
         options: everything that the statistics depend on, as JSON values.
         resume: continue an interrupted run.
-        save_every_seconds: time between partial files; 0 writes one after every unit.
+        save_every_seconds: time between partial files; 0 writes one after every batch.
         distributed: share the work with the other processes of the default torch.distributed group. All of them must
             do the same.
 
@@ -196,37 +197,45 @@ class Session:
     def run(
         self,
         recording: Recording,
-        units: Sequence[Unit],
+        batches: Sequence[Batch],
+        generate: Callable[[Batch, Advance], None],
         model: StrPath,
         *,
+        steps: int = 1,
         progress: Progress | None = None,
         **facts: object,
     ) -> Observation:
-        """Run the units that are not done yet.
+        """Run the batches that are not done yet.
 
-        Units must be the same in every process and at every resumption. `model` is the file, for messages; `facts` are
-        provenance of the statistics.
+        Args:
+            recording: records the model; is cleared.
+            batches: the same in every process and at every resumption.
+            generate: runs the model for a batch, and reports every step of every image.
+            model: the file that runs, for messages.
+            steps: of an image.
+            progress: called with finished steps.
+            **facts: provenance of the statistics.
 
         Returns:
-            The observation of all units, including other processes and earlier runs.
+            The observation of all batches, including other processes and earlier runs.
 
         Raises:
             StatisticsError: the partial file is damaged, or belongs to another run.
             CalibrationError: inputs are not finite.
         """
-        mine = units[self.rank :: self.processes]
+        mine = batches[self.rank :: self.processes]
         seen = self._begun(recording)
-        todo = [unit for unit in mine if unit.name not in set(seen.done)]
-        total = sum(unit.cost for unit in mine)
-        tick = advance(progress, total, total - sum(unit.cost for unit in todo))
+        todo = [batch for batch in mine if batch.name not in set(seen.done)]
+        total, left = (steps * sum(len(batch.numbers) for batch in some) for some in (mine, todo))
+        tick = advance(progress, total, total - left)
         tick(0)
         saved = time.monotonic()
-        for number, unit in enumerate(todo, 1):
+        for number, batch in enumerate(todo, 1):
             recording.clear()
-            unit.run(tick)
-            found = recording.statistics(unit.samples, **facts)
+            generate(batch, tick)
+            found = recording.statistics(len(batch.numbers), steps=steps, **facts)
             _expect_finite(model, found)
-            seen = seen.plus(Observed(found, {unit.group: found.absmax}, (unit.name,)))
+            seen = seen.plus(Observed(found, {batch.way: found.absmax}, (batch.name,)))
             is_last = number == len(todo)  # trials and second moments may follow
             if self.partial is not None and (is_last or time.monotonic() - saved >= self.save_every_seconds):
                 self._save(self.partial, seen)
@@ -275,7 +284,7 @@ class Session:
         except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            problem = "damaged: the session should have the names of finished units, and one range per group and layer"
+            problem = "damaged: the session should have the names of finished batches, and ranges of all layers"
             raise StatisticsError(problem, path=self.partial, hint="delete it")
         return Observed(statistics.replace(metadata={}, path=None), ranges, tuple(state["done"]))
 

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from convert_to_quant.engines import session as session_module
-from convert_to_quant.engines.session import Session, Unit, fingerprint
+from convert_to_quant.engines.session import Batch, Session, fingerprint
 from convert_to_quant.errors import CalibrationError, OutputError, StatisticsError
 from convert_to_quant.recorder import record
 from convert_to_quant.stats import Statistics
 
-UNITS = 6
+BATCHES = [Batch("small" if number < 3 else "large", (2 * number, 2 * number + 1)) for number in range(6)]
 
 
 @pytest.fixture
@@ -23,10 +23,11 @@ class StopError(Exception):
     """Ends a run in the middle of it."""
 
 
-def units_of(model, *, stop_at=None, ran=None):
-    """Six units in two groups with growing inputs."""
+def go(session, model, batches=BATCHES, *, stop_at=None, ran=None, **options):
+    """Run batches with growing inputs."""
 
-    def run(number, tick):
+    def generate(batch, tick):
+        number = BATCHES.index(batch)
         generator = torch.Generator().manual_seed(number)
         model(torch.randn(2, 3, 8, generator=generator) * (number + 1))
         if number == stop_at:
@@ -35,50 +36,44 @@ def units_of(model, *, stop_at=None, ran=None):
         if ran is not None:
             ran.append(number)
 
-    def unit(number):
-        return Unit(f"unit {number}", "small" if number < 3 else "large", 2, 2, lambda tick: run(number, tick))
-
-    return [unit(number) for number in range(UNITS)]
-
-
-def go(session, model, units, **options):
     with record(model) as recording:
-        return session.run(recording, units, "model.safetensors", seed=1, **options)
+        model(torch.full((1, 1, 8), 1e6))  # what was recorded before the run does not count
+        return session.run(recording, batches, generate, "model.safetensors", seed=1, **options)
 
 
 @pytest.fixture
 def whole(model):
     """What an unbroken run sees."""
-    return go(Session(), model, units_of(model))
+    return go(Session(), model)
 
 
-def test_units_add_up_to_what_one_recording_sees(model, whole):
+def test_batches_add_up_to_what_one_recording_sees(model, whole):
     with record(model) as recording:
-        for unit in units_of(model):
-            unit.run(lambda _: None)
-        assert whole.statistics == recording.statistics(2 * UNITS, seed=1)
-        again = Session().run(recording, units_of(model), "model.safetensors", seed=1)
-    assert again.statistics == whole.statistics, "what was recorded before the run does not count"
+        for number in range(len(BATCHES)):
+            generator = torch.Generator().manual_seed(number)
+            model(torch.randn(2, 3, 8, generator=generator) * (number + 1))
+    assert whole.statistics == recording.statistics(2 * len(BATCHES), seed=1, steps=1)
 
 
 @pytest.mark.parametrize(("silent", "strong", "moves"), [(1, 2, False), (1, 2.1, True), (2.1, 1, True), (2, 1, False)])
 def test_a_layer_follows_the_conditioning_if_its_range_moves_by_two_either_way(tmp_path, silent, strong, moves):
     model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
 
-    def unit(way, value):
-        return Unit(way, way, 1, 1, lambda _: [model[0](torch.full((1, 1), float(value))), model[1](torch.ones(1, 1))])
+    def generate(batch, _):
+        model[0](torch.full((1, 1), float({"silent": silent, "strong": strong}[batch.way])))
+        model[1](torch.ones(1, 1))
 
-    units = [unit("silent", silent), unit("strong", strong)]
+    batches = [Batch("silent", (0,)), Batch("strong", (1,))]
     with record(model) as recording:
         for resumed in (False, True):
             session = Session(tmp_path / "stats.safetensors", resume=resumed)
-            seen = session.run(recording, units[: 1 + resumed], "model.safetensors")
+            seen = session.run(recording, batches[: 1 + resumed], generate, "model.safetensors")
     assert seen.conditioned == (("0",) if moves else ())
 
 
 def test_without_an_output_nothing_is_written(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    go(Session(save_every_seconds=0), model, units_of(model))
+    go(Session(save_every_seconds=0), model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -86,17 +81,17 @@ def test_without_an_output_nothing_is_written(model, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_to_the_same_bits(model, whole, tmp_path, stop_at):
     output = tmp_path / "stats.safetensors"
     with pytest.raises(StopError):
-        go(Session(output, {"a": 1}, save_every_seconds=0), model, units_of(model, stop_at=stop_at))
+        go(Session(output, {"a": 1}, save_every_seconds=0), model, stop_at=stop_at)
     assert [path.name for path in tmp_path.iterdir()] == ([] if stop_at == 0 else ["stats.safetensors.partial"])
     if stop_at:
-        seen_before = go(Session(), model, units_of(model)[:stop_at]).statistics
+        seen_before = go(Session(), model, BATCHES[:stop_at]).statistics
         assert Statistics.load(output.with_name("stats.safetensors.partial")) == seen_before
     ran = []
     calls = []
     session = Session(output, {"a": 1}, resume=True, save_every_seconds=0)
-    seen = go(session, model, units_of(model, ran=ran), progress=lambda *call: calls.append(call))
-    assert ran == list(range(stop_at, UNITS))
-    assert calls == [(2 * number, 2 * UNITS) for number in range(stop_at, UNITS + 1)]
+    seen = go(session, model, ran=ran, progress=lambda *call: calls.append(call))
+    assert ran == list(range(stop_at, 6))
+    assert calls == [(2 * number, 12) for number in range(stop_at, 7)]
     assert seen.statistics == whole.statistics
     session.finish(seen.statistics)
     assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
@@ -105,15 +100,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(model, whole, tmp_path, stop_at)
 
 def test_saving_waits_for_its_time(model, tmp_path):
     with pytest.raises(StopError):
-        go(Session(tmp_path / "stats.safetensors", save_every_seconds=60), model, units_of(model, stop_at=5))
+        go(Session(tmp_path / "stats.safetensors", save_every_seconds=60), model, stop_at=5)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_inputs_that_are_not_finite_are_refused_after_their_unit(model):
+def test_inputs_that_are_not_finite_are_refused_after_their_batch(model):
     ran = []
     torch.nn.init.constant_(model[0].bias, torch.inf)
     with pytest.raises(CalibrationError, match=r"model\.safetensors: 2: the inputs of 1 layer have infinities"):
-        go(Session(), model, units_of(model, ran=ran))
+        go(Session(), model, ran=ran)
     assert ran == [0]
 
 
@@ -125,7 +120,7 @@ def unfinished(model, tmp_path):
     """The output of a run that was stopped."""
     output = tmp_path / "stats.safetensors"
     with pytest.raises(StopError):
-        go(Session(output, MADE_WITH, save_every_seconds=0), model, units_of(model, stop_at=2))
+        go(Session(output, MADE_WITH, save_every_seconds=0), model, stop_at=2)
     return output
 
 
@@ -141,14 +136,14 @@ def unfinished(model, tmp_path):
 def test_other_options_or_models_are_not_resumed(model, unfinished, options, message):
     before = unfinished.with_name("stats.safetensors.partial").read_bytes()
     with pytest.raises(StatisticsError, match=message):
-        go(Session(unfinished, options, resume=True), model, units_of(model))
+        go(Session(unfinished, options, resume=True), model)
     assert unfinished.with_name("stats.safetensors.partial").read_bytes() == before
 
 
 def test_other_layers_are_not_resumed(unfinished):
     other = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 4))
     with pytest.raises(StatisticsError, match="it recorded other layers"), record(other) as recording:
-        Session(unfinished, MADE_WITH, resume=True).run(recording, [], "model.safetensors")
+        Session(unfinished, MADE_WITH, resume=True).run(recording, [], None, "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +161,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path, partial, resume, message
 def test_a_run_of_another_version_is_not_resumed(model, unfinished, monkeypatch):
     monkeypatch.setattr(session_module, "__version__", "0.0.0")
     with pytest.raises(StatisticsError, match=r"cannot resume: made with tool version .*, not 0\.0\.0"):
-        go(Session(unfinished, MADE_WITH, resume=True), model, units_of(model))
+        go(Session(unfinished, MADE_WITH, resume=True), model)
 
 
 def test_only_the_first_process_writes_the_output(whole, tmp_path):
@@ -180,7 +175,7 @@ def test_a_damaged_partial_file_is_an_error_of_ours(model, unfinished):
     partial = unfinished.with_name("stats.safetensors.partial")
     partial.write_bytes(partial.read_bytes()[:-9])
     with pytest.raises(Exception, match=r"stats\.safetensors\.partial: ") as caught:
-        go(Session(unfinished, MADE_WITH, resume=True), model, units_of(model))
+        go(Session(unfinished, MADE_WITH, resume=True), model)
     assert type(caught.value).__module__ == "convert_to_quant.errors"
 
 
@@ -188,7 +183,7 @@ def test_a_complete_output_is_recognized_and_another_is_not(model, tmp_path):
     output = tmp_path / "stats.safetensors"
     session = Session(output, {"steps": 8}, resume=True)
     assert session.finished() is None
-    seen = go(session, model, units_of(model))
+    seen = go(session, model)
     session.finish(seen.statistics)
     assert Session(output, {"steps": 8}).finished() is None  # without --resume it is made anew
     assert Session(output, {"steps": 8}, resume=True).finished() == seen.statistics

@@ -21,7 +21,7 @@ which offloads parts of a model that does not fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,11 @@ from ...families.running import Shapes
 from ...layers import LayerTable
 from ...lora import Lora
 from ...options import SAMPLES, STEPS, RunOptions, ShownOptions
-from ...recorder import find_linears, record
+from ...recorder import find_linears, layers_to_record, record
 from ...telling import Advance, Progress
 from .. import noise, sizes
 from ..provenance import trace
-from ..session import Observation, Session, Unit
+from ..session import Batch, Observation, Session
 from . import inprocess_tree as tree
 from .inprocess_conditions import conditions_of, draw, wanted
 
@@ -321,15 +321,16 @@ def observe(
         shapes, feeds = watched(model)
         with record(model.network, shapes, feeds, model.level) as recording:
 
-            def sample(way: noise.Conditioning, number: int, adapted: bool, tick: Advance) -> None:
+            def sample(batch: Batch, tick: Advance) -> None:
+                (number,) = batch.numbers
                 recording.at(None)
                 latents = model.latents(scene, seed, number)
                 recording.batch = len(latents[0])
                 model.sample(
                     latents,
-                    model.conditioning(scene, way, seed, number),
+                    model.conditioning(scene, noise.way_of(number), seed, number),
                     model.sigmas(steps),
-                    patcher=variants[adapted],
+                    patcher=variants[batch.adapted],
                     seed=seed + number,
                     after_step=partial(tick, 1),
                 )
@@ -337,41 +338,25 @@ def observe(
             seen = session.run(
                 recording,
                 [
-                    Unit(
-                        f"{way.name}{' adapted' * adapted}, {number}",
-                        way.name,
-                        1,
-                        steps,
-                        partial(sample, way, number, adapted),
-                    )
+                    Batch(way, (number,), adapted)
                     for adapted in variants
-                    for way, number in trajectories(samples)
+                    for way, numbers in noise.ways(max(samples, len(noise.CONDITIONINGS))).items()
+                    for number in numbers
                 ],
+                sample,
                 checkpoint.path,
+                steps=steps,
                 progress=progress,
                 engine="comfyui",
                 comfyui=tree.version(folder),
                 family=model.family,
                 conditioning="noise",
                 seed=seed,
-                steps=steps,
                 lora=sorted(adapter.checkpoint.path.name for adapter in adapters),
             )
     for text in messages.said:
         warn(text)
     return seen
-
-
-def trajectories(samples: int) -> Iterator[tuple[noise.Conditioning, int]]:
-    """Kind of conditioning and number of each image, grouped by kind.
-
-    >>> [(way.name, number) for way, number in trajectories(4)]
-    [('silent', 0), ('silent', 3), ('loud channels', 1), ('strong', 2)]
-    """
-    count = max(samples, len(noise.CONDITIONINGS))
-    for turn, way in enumerate(noise.CONDITIONINGS):
-        for number in range(turn, count, len(noise.CONDITIONINGS)):
-            yield way, number
 
 
 def watched(model: Model) -> tuple[dict[str, tuple[int, int]], dict[str, list[str]]]:
@@ -384,12 +369,9 @@ def watched(model: Model) -> tuple[dict[str, tuple[int, int]], dict[str, list[st
         CalibrationError: none of them is in the model.
     """
     known = model.table.shapes()
-    fed = {layer for found in model.feeds.values() for layer in found}
-    layers = dict.fromkeys(model.table.diffusion) or {name: None for name in known if name in fed}
-    feeds = {module: [layer for layer in found if layer in layers] for module, found in model.feeds.items()}
-    feeds = {module: found for module, found in feeds.items() if found}
-    if not feeds:
+    layers = layers_to_record(known, model.table.diffusion, model.feeds)
+    if not {layer for fed in model.feeds.values() for layer in fed}.intersection(layers):
         raise CalibrationError(
             f"none of its {len(layers)} layers is part of ComfyUI's {model.family} model", path=model.checkpoint.path
         )
-    return {name: known[name] for name in layers}, feeds
+    return {name: known[name] for name in layers}, model.feeds

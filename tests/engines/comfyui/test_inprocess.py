@@ -17,7 +17,7 @@ from torch import nn
 from convert_to_quant import emoji
 from convert_to_quant.cli import main
 from convert_to_quant.engines import noise
-from convert_to_quant.engines.comfyui import inprocess, inprocess_tree
+from convert_to_quant.engines.comfyui import inprocess_tree
 from convert_to_quant.engines.comfyui.inprocess_conditions import NOT_GENERATIVE, conditions_of, draw, wanted
 from convert_to_quant.errors import CalibrationError, OptionError, UnsupportedModelError
 from convert_to_quant.families import CONDITIONS, RECORDS, wan
@@ -185,16 +185,6 @@ def test_pictures_share_no_noise_with_latents_or_with_each_other() -> None:
     drawn += [noise.latents((4, 8, 6), 7, number) for number in range(4)]
 
     assert len({values.sum().item() for values in drawn}) == len(drawn)
-
-
-@pytest.mark.parametrize("samples", [1, 3, 4, 8])
-def test_every_way_of_conditioning_is_painted_at_least_once(samples: int) -> None:
-    painted = list(inprocess.trajectories(samples))
-
-    assert {way for way, _ in painted} == set(noise.CONDITIONINGS)
-    assert sorted(number for _, number in painted) == list(range(max(samples, 3)))
-    ways = [way.name for way, _ in painted]
-    assert ways == sorted(ways, key=[way.name for way in noise.CONDITIONINGS].index)
 
 
 # ---------------------------------------------------------------- the tree
