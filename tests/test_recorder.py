@@ -321,7 +321,7 @@ def watch(device, samples):
         for sample in samples:
             recording.at(sample / 5)
             model(torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(sample)).to(device))
-    return model, recording
+    return recording
 """
 
 RANK = """
@@ -334,14 +334,7 @@ if backend == "nccl":
     torch.cuda.set_device(device)
 distributed.init_process_group(backend, init_method=f"file://{out}/meeting", rank=rank, world_size=world)
 mine = range(rank, 5, world)
-model, recording = watch(device, mine)
-recording.all_reduce(samples=len(mine), seed=mine).save(f"{out}/{rank}.safetensors")
-try:
-    with record(model, layers=[str(2 * rank)]) as recording:
-        pass
-    recording.all_reduce()
-except Exception as error:
-    print(error)
+watch(device, mine).all_reduce(samples=len(mine), seed=mine).save(f"{out}/{rank}.safetensors")
 distributed.destroy_process_group()
 """
 
@@ -373,12 +366,10 @@ def test_processes_see_together_what_one_sees(tmp_path, backend, world):
     ]  # fmt: skip
     outputs = [process.communicate(timeout=100) for process in ranks]
     assert [process.returncode for process in ranks] == [0] * world, outputs
-    refused = ["made for different models" in out for out, _ in outputs]
-    assert refused == [world > 1] * world
 
     here = {}
     exec(WATCH, here)
-    single = here["watch"]("cuda" if backend == "nccl" else "cpu", range(5))[1].statistics(samples=5, seed=range(5))
+    single = here["watch"]("cuda" if backend == "nccl" else "cpu", range(5)).statistics(samples=5, seed=range(5))
     for rank in range(world):
         assert Statistics.load(tmp_path / f"{rank}.safetensors") == single
 

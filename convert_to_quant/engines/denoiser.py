@@ -171,8 +171,7 @@ def skeleton(plan: Plan) -> nn.Module:
     left = [pieces[0].tensor for name, pieces in plan.sources.items() if name not in wanted]
     for problem, found in (("has no source in the checkpoint", missing), ("has no place in diffusers' model", left)):
         if found:
-            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-            raise UnsupportedModelError(problem + more, tensor=found[0], hint=COMFYUI)
+            raise UnsupportedModelError(problem, tensor=found[0], hint=COMFYUI)
     for name, shape in wanted.items():
         if plan.shapes[name] != shape:
             problem = (
