@@ -98,7 +98,7 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     architecture = family.runs(found.variant)
     if architecture is None:
         name = f"{family.title.partition(' (')[0]}{found.variant and f' ({found.variant})'}"
-        raise refuse(f"{name} is not run here")
+        raise refuse(f"{name} is not supported by this engine")
     foreign = [layer for layer in table.foreign.values() if table.owns(layer.name)]
     if foreign:
         number = plural(len(foreign), "layer")
@@ -118,8 +118,8 @@ def plan(checkpoint: Checkpoint, table: LayerTable | None = None) -> Plan:
     try:
         config = architecture.config({**shapes, **model_shapes})
     except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
-        why = f": it has no {error.args[0]}" if isinstance(error, KeyError) else ""
-        raise refuse(f"not the layout of {family.title} that is known here{why}") from None
+        why = f", without {error.args[0]}" if isinstance(error, KeyError) else ""
+        raise refuse(f"unknown layout of {family.title}{why}") from None
     full_names = {bare: name for name, bare in names.strip_prefix(checkpoint.tensors)[1].items()}
     return Plan(family.name, architecture, config, sources, model_shapes, table, full_names)
 
@@ -169,7 +169,7 @@ def skeleton(plan: Plan) -> nn.Module:
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = [name for name in wanted if name not in plan.sources]
     left = [pieces[0].tensor for name, pieces in plan.sources.items() if name not in wanted]
-    for problem, found in (("has no source in the checkpoint", missing), ("has no place in diffusers' model", left)):
+    for problem, found in (("has no source in the checkpoint", missing), ("is not part of diffusers' model", left)):
         if found:
             raise UnsupportedModelError(problem, tensor=found[0], hint=COMFYUI)
     for name, shape in wanted.items():

@@ -154,7 +154,7 @@ def observe(
     known = inspect.signature(pipeline.__call__).parameters
     for name in arguments:
         if name not in known:
-            raise OptionError(f"{type(pipeline).__name__} takes no {name}")
+            raise OptionError(f"{type(pipeline).__name__} does not accept {name}")
     transformer = _component(pipeline, component, folder)
     shapes, feeds = _names_of(transformer, checkpoint, folder)
     with record(transformer, shapes, feeds, sigma=lambda *_: _sigma(pipeline.scheduler)) as recording:
@@ -208,7 +208,7 @@ def encode(
     """Embed prompts with a pipeline's own text encoders, without loading its diffusion model.
 
     Pipelines return embeddings in different orders and without names; each is recognized by its width. A text loses its
-    padding if the model takes no mask.
+    padding if the model has no mask input.
 
     Args:
         folder: of the pipeline.
@@ -232,7 +232,7 @@ def encode(
         raise CalibrationError(f"{type(pipeline).__name__} has no encode_prompt", path=folder)
     known = inspect.signature(pipeline.encode_prompt).parameters
     if text_tokens is not None and TEXT_LENGTH not in known:
-        raise OptionError(f"{type(pipeline).__name__} takes no {TEXT_LENGTH}")
+        raise OptionError(f"{type(pipeline).__name__} does not accept {TEXT_LENGTH}")
     required = {name for name, one in known.items() if one.default is one.empty and one.kind != one.VAR_KEYWORD}
     at_once = "do_classifier_free_guidance" in known  # such pipelines return an empty prompt of their own
 
@@ -274,7 +274,7 @@ def _by_signal(outputs: Sequence[Any], signals: Mapping[str, Signal]) -> tuple[E
     """The embeddings of one prompt from `encode_prompt`, by signal: with the prompt, and without it.
 
     If two outputs fit a name, the first is with the prompt, as in all pipelines of diffusers. Texts are cut to their
-    mask if the model takes no mask.
+    mask if the model has no mask input.
     """
     found: tuple[Embeddings, Embeddings] = ({}, {})
     masks = []

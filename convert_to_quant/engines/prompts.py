@@ -89,7 +89,7 @@ class Prompts:
         for name, value in self.tensors.items():
             own = spellings.get(name.removeprefix(NEGATIVE))
             if own is None:
-                raise self._error(f"the model takes no such conditioning; it takes {', '.join(known)}", name)
+                raise self._error(f"the model does not accept this conditioning, only {', '.join(known)}", name)
             (negative if name.startswith(NEGATIVE) else named)[own] = value
         if not named:
             raise self._error("no prompts", next(iter(self.tensors), ""))
@@ -113,7 +113,7 @@ class Prompts:
                 value = tensors[name]
             elif signal.kind == "noise":
                 raise self._error(
-                    f"missing; the model takes it as [prompts, {', '.join(map(str, signal.shape))}]", name
+                    f"missing; the model needs it as [prompts, {', '.join(map(str, signal.shape))}]", name
                 )
             else:
                 dtype = torch.int64 if signal.kind == "mask" else torch.float32

@@ -122,7 +122,7 @@ def test_prompt_embeddings_take_the_place_of_noise(observe, flux_file, save, emb
             lambda t: t.update(prompt_embeds=np.zeros((2, 4, 31), np.float32)),
             "encoder_hidden_states: shape [2, 4, 32] was expected",
         ),
-        (lambda t: t.update(image=np.zeros((2, 4), np.float32)), "image: the model takes no such conditioning"),
+        (lambda t: t.update(image=np.zeros((2, 4), np.float32)), "image: the model does not accept this conditioning"),
     ],
 )
 def test_conditioning_that_does_not_fit_is_refused(refused, flux_file, save, embeddings, change, message):
@@ -403,7 +403,7 @@ def test_an_interrupted_pipeline_goes_on(ctq, done, sampling, tmp_path):
     ("words", "code", "said"),
     [
         ("--component unet", 2, "the pipeline has no unet (it has "),
-        ("--frames 9", 2, "FluxPipeline takes no num_frames"),
+        ("--frames 9", 2, "FluxPipeline does not accept num_frames"),
         ("--pipeline gone --dry-run", 1, "gone: no such folder (name a diffusers pipeline; nothing is downloaded)\n"),
         ("--pipeline . --dry-run", 1, ".: not a diffusers pipeline: the folder has no model_index.json\n"),
         ("--pipeline strange", 1, "strange: diffusers cannot load it"),

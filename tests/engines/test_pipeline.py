@@ -101,7 +101,7 @@ def test_embeddings_get_their_names_from_their_widths(encode, form, negative):
 def test_the_text_is_as_long_as_asked_for(encode):
     (found,) = encode(flux, ("a red fish",), FORMS[flux], text_tokens=4)
     assert found.tensors["encoder_hidden_states"].shape == (1, 5, TEXT)
-    with pytest.raises(OptionError, match="takes no max_sequence_length"):
+    with pytest.raises(OptionError, match="does not accept max_sequence_length"):
         encode(sd3, ("a",), FORMS[sd3], text_tokens=4)
 
 

@@ -96,8 +96,8 @@ def test_bfloat16_embeddings_widen_exactly(flux, save, build):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"style": np.zeros((2, 3), np.float32)}, "style: the model takes no such conditioning"),
-        ({"pooled_prompt_embeds": None}, r"pooled_projections: missing; the model takes it as \[prompts, 16\]"),
+        ({"style": np.zeros((2, 3), np.float32)}, "style: the model does not accept this conditioning"),
+        ({"pooled_prompt_embeds": None}, r"pooled_projections: missing; the model needs it as \[prompts, 16\]"),
         ({"prompt_embeds": np.zeros((2, 7, 31), np.float32)}, r"shape \[2, 7, 32\] was expected, found \[2, 7, 31\]"),
         ({"pooled_prompt_embeds": np.zeros((1, VECTOR), np.float32)}, r"found \[1, 16\]"),
         (embeddings(1, tokens=8, prefix="negative_"), r"found \[1, 8, 32\]"),
