@@ -15,7 +15,7 @@ LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32
 
 
 def observed(inputs, samples=1):
-    """Statistics of layers by what they received.
+    """Statistics of layers by their inputs.
 
     Args:
         inputs: layer -> rows [rows, in], or noise level -> rows, or None where it never ran.

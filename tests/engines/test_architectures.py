@@ -184,14 +184,14 @@ def test_norms_named_as_comfyui_saves_them_run_alike(name: str, save_model: Any)
 
 
 @pytest.mark.parametrize("norm", ["scale", "weight"])
-def test_comfyuis_spelling_of_hunyuan_video_runs_alike(norm: str, save_model: Any) -> None:
+def test_comfyuis_names_of_hunyuan_video_run_alike(norm: str, save_model: Any) -> None:
     state = random_state(HUNYUAN_VIDEO)
     comfyui = {re.sub(NORMS, rf"\1.{norm}", name): state[hunyuan_authors(name)] for name in HUNYUAN_COMFYUI}
     model = run_alike(save_model(state), save_model(comfyui))
     assert set(model.layers) <= {name.removesuffix(".weight") for name in comfyui}
 
 
-def test_qwen_image_edit_2511_tells_the_picture_to_edit_no_time(save_model: Any) -> None:
+def test_qwen_image_edit_2511_gives_the_image_to_edit_no_time(save_model: Any) -> None:
     state = random_state(QWEN_IMAGE)
     state["__index_timestep_zero__"] = torch.zeros(0)
     with open_checkpoint(save_model(state)) as checkpoint:
@@ -282,7 +282,7 @@ def test_module_names_lead_back_to_the_authors_layers(case: tuple[str, Shapes], 
         assert fed <= {name, *(layer for layer, _ in found.get(name, ()))}
 
 
-def test_layers_that_receive_one_tensor_share_their_moments(save_model: Any) -> None:
+def test_layers_with_one_input_share_their_moments(save_model: Any) -> None:
     with open_checkpoint(save_model(random_state(WAN))) as checkpoint:
         table = find_layers(checkpoint)
         layers = [table.plain[f"blocks.0.self_attn.{name}"] for name in "qkvo"]

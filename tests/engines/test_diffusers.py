@@ -256,14 +256,14 @@ def test_a_file_that_was_cast_to_fp8_whole_runs_on_its_codes_in_full_precision(s
     np.testing.assert_array_equal(seen[0].absmax, seen[1].absmax)
 
 
-@pytest.mark.parametrize("marked", [True, False])
-def test_layers_marked_for_full_precision_quantize_no_input(save_model, marked):
-    path = save_model(random_flux(), in_blocks, full_precision_matrix_mult=marked)
+@pytest.mark.parametrize("flagged", [True, False])
+def test_layers_declared_as_full_precision_quantize_no_input(save_model, flagged):
+    path = save_model(random_flux(), in_blocks, full_precision_matrix_mult=flagged)
     with open_checkpoint(path) as checkpoint:
         denoiser = engine.load(checkpoint, arithmetic="comfyui")
         full = {name for name, module in denoiser.layers.items() if module.full_precision}
         table = find_layers(checkpoint)
-    assert full == set(table.plain) | set(table.quantized if marked else ())
+    assert full == set(table.plain) | set(table.quantized if flagged else ())
 
 
 @pytest.mark.cuda

@@ -45,7 +45,7 @@ def bench(flux):
 
 @pytest.fixture
 def offered(flux, layers):
-    """Everything that a Blackwell card multiplies, for every layer."""
+    """Everything that a Blackwell GPU multiplies, for every layer."""
     seen = diffusers.observe(
         flux, None, RunOptions(samples=3, steps=1, device="cpu"), geometry=SIZE, layers=list(layers)
     ).statistics

@@ -47,7 +47,7 @@ NAMES = ("fp8", "int8", "int8-tensor", "int8-convrot", "w4a8", "w6a8", "convrot-
 
 
 def require(name):
-    """Skip where the card does not multiply a format natively."""
+    """Skip if the GPU does not multiply a format natively."""
     capability = torch.cuda.get_device_capability()
     if FORMATS[name].native == {"rtx50"} and capability < (10, 0):
         pytest.skip(f"{GPUS['rtx50']} multiplies {name}")

@@ -67,7 +67,7 @@ def test_views_agree(dtype):
 
 @pytest.mark.parametrize("rows", [255, 512, 1025])
 def test_the_channels_of_a_sample_of_rows_agree(rows):
-    """The loudest rows come last, so that a row too many or too few shows in every channel."""
+    """The largest rows come last, so that a row too many or too few shows in every channel."""
     assert_agrees(normal(rows, 12) * torch.arange(1, rows + 1, device=DEVICE)[:, None])
     assert_agrees(normal(2, rows, 300)[:, 1:].bfloat16())
 
