@@ -85,10 +85,9 @@ def load(folder: StrPath, device: str = "cpu", *, without: Sequence[str] = ()) -
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer versions call it dtype, older ones know only this
-            parts, kind = {}, diffusers.DiffusionPipeline
-            if without:  # only the pipeline's own class can leave out optional parts
-                parts = kind.load_config(str(path))
-                kind = getattr(diffusers, str(parts.get("_class_name")), kind)
+            # Only the pipeline's own class can leave out optional parts.
+            parts = diffusers.DiffusionPipeline.load_config(str(path))
+            kind = getattr(diffusers, str(parts.get("_class_name")), diffusers.DiffusionPipeline)
             pipeline = kind.from_pretrained(  # type: ignore[no-untyped-call]
                 str(path), local_files_only=True, use_safetensors=True, torch_dtype=dtype,
                 **{name: None for name in without if name in parts},

@@ -99,8 +99,6 @@ class Prompts:
         geometry = replace(geometry, text_tokens=text[0] if text else geometry.text_tokens)
         signals = denoiser.signals(geometry)
         complete = [self._complete(tensors, signals) for tensors in (named, negative) if tensors]
-        if len({tuple(value.shape[1:] for value in tensors.values()) for tensors in complete}) > 1:
-            raise self._error("the empty prompt has another length than the others", next(iter(negative)))
         return Prompts(
             {name: torch.cat([tensors[name] for tensors in complete]) for name in signals}, geometry, self.source
         )

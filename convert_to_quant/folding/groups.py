@@ -76,10 +76,8 @@ def find_groups(checkpoint: Checkpoint, plan: Plan, layers: Collection[str]) -> 
     Members of a family with parts of their own have none: scaling is proved only for the family's plain form.
     """
     family = families.family(plan.family)
-    optional = plan.architecture.optional
-    if plan.architecture is not family.architecture or (
-        optional and any(re.fullmatch(optional, name) for name in plan.full_names)
-    ):
+    has_optional = any(re.fullmatch(plan.architecture.optional, name) for name in plan.full_names)
+    if plan.architecture is not family.architecture or has_optional:
         return []
     modules = {name.removesuffix(names.WEIGHT) for name in plan.sources if name.endswith(names.WEIGHT)}
     groups = [_group(checkpoint, plan, fold, number) for fold in family.folds for number in _numbers(fold, modules)]
