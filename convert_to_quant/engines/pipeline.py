@@ -88,7 +88,7 @@ def load(folder: StrPath, device: str = "cpu", *, without: Sequence[str] = ()) -
             # Only the pipeline's own class can leave out optional parts.
             parts = diffusers.DiffusionPipeline.load_config(str(path))
             kind = getattr(diffusers, str(parts.get("_class_name")), diffusers.DiffusionPipeline)
-            pipeline = kind.from_pretrained(  # type: ignore[no-untyped-call]
+            pipeline = kind.from_pretrained(
                 str(path), local_files_only=True, use_safetensors=True, torch_dtype=dtype,
                 **{name: None for name in without if name in parts},
             )  # fmt: skip
