@@ -1,14 +1,13 @@
-"""Activation scales for FP8 checkpoints: the whole way from a file to a calibrated file, in four functions.
+"""Activation scales for FP8 checkpoints: from a file to a calibrated file, in four functions.
 
     load_lora_tensors         adapters that will be used with the model
     compute_activation_scale  one layer, simulated from its weight
     calibrate_model           every FP8 layer of a checkpoint, by running the model or by simulation
-    patch_model_with_scales   the scales into the file
+    patch_model_with_scales   writes the scales into the file
 
-The names are those of the hand-off that started this project. Its formula, the range of X·Wᵀ, was measured and found
-wrong (a range cannot be read off a weight); so the default runs the network itself on noise (`engines.diffusers`). A
-model that cannot be run is refused: scales guessed from weights (`engines.layer`) are for those who ask for them by
-name. Here is only the way through; the rooms below do the work.
+The hand-off that started this project gave the names. Its formula, the range of X·Wᵀ, proved wrong in measurements: a
+range cannot be derived from a weight. So the default runs the network itself on noise (`engines.diffusers`). A model
+that cannot be run is refused; scales guessed from weights (`engines.layer`) must be requested by name.
 
     python -m convert_to_quant.calibrate_activation_scales MODEL -o OUT [--lora FILE] [--json FILE] [--samples N]
 """
@@ -41,24 +40,22 @@ from .telling import Progress, advance, plural
 if TYPE_CHECKING:
     from .stats import Statistics
 
-INSTEAD = (
-    "--actcal-engine layer guesses the scales from the weights; observe --comfyui-dir DIR may run the model in ComfyUI"
-)
-"""What can be done about a model that cannot be run."""
+INSTEAD = "--actcal-engine layer guesses scales from the weights; observe --comfyui-dir DIR runs the model in ComfyUI"
+"""The alternatives for a model that cannot be run."""
 DEFAULT_PERCENTILE = 99.9
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found; nothing has been written yet.
+    """The result of a calibration; nothing has been written yet.
 
     Attributes:
-        engine: the engine that ran, or "statistics" where a run was solved that had been recorded before.
+        engine: the engine that ran, or "statistics" for an earlier recording.
         results: one per FP8 layer of the diffusion model, in file order.
-        options: how.
-        notes: what a user should know, one sentence each.
-        lora: what the adapters matched; None without adapters.
-        statistics: what the model engine recorded; None where simulated.
+        options: of the calibration.
+        notes: for the user, one sentence each.
+        lora: the layers that the adapters match; None without adapters.
+        statistics: what was observed; None for simulated inputs.
     """
 
     engine: Literal["model", "layer", "statistics"]
@@ -70,12 +67,12 @@ class Calibration:
 
     @property
     def scales(self) -> dict[str, float]:
-        """Input scale by layer name, of the layers that got one."""
+        """Measured input scales by layer name."""
         found = {result.layer: result.scale_after for result in self.results if result.range}
         return {layer: scale for layer, scale in found.items() if scale is not None}
 
     def changes(self, *, full_precision: bool = True) -> dict[str, LayerChange]:
-        """What the file must change; without `full_precision` only scales, and no marks."""
+        """The changes to the file; without `full_precision` only to scales, not to quantization configs."""
         return {
             result.layer: LayerChange(
                 input_scale=result.scale_after if result.range else None,
@@ -85,7 +82,7 @@ class Calibration:
         }
 
     def metadata(self, before: Mapping[str, str]) -> dict[str, str]:
-        """The header entry that says how the scales were found."""
+        """The header entry about how the scales were found."""
         said: dict[str, Any] = {**asdict(self.options), "engine": self.engine}
         if self.engine == "model":
             said["conditioning"] = "noise"
@@ -101,7 +98,7 @@ class Calibration:
         return {names.PROVENANCE_KEY: convert.provenance(before, calibrate=said)}
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """JSON values."""
         return {
             "engine": self.engine,
             "options": asdict(self.options),
@@ -115,15 +112,15 @@ def load_lora_tensors(path: StrPath, strength: float = 1.0) -> lora.Lora:
     """Read a LoRA file and check it.
 
     Args:
-        path: a `.safetensors` file with adapters in any of the known spellings.
-        strength: factor on all of it.
+        path: a `.safetensors` file with adapters in any known naming convention.
+        strength: factor on all adapters.
 
     Returns:
-        Its adapters, still to be matched onto a checkpoint's layers (`calibrate_model` does).
+        Its adapters, not yet matched to the layers of a checkpoint (`calibrate_model` does that).
 
     Raises:
         CheckpointError: the file cannot be read.
-        LoraError: it holds no adapters, or one is damaged.
+        LoraError: it has no adapters, or one is damaged.
     """
     return lora.load_lora(path, strength)
 
@@ -138,21 +135,21 @@ def compute_activation_scale(
     seed: int = 42,
     margin: float | None = None,
 ) -> float:
-    """Input scale of one layer, simulated from its weight. See `engines.layer` for what such a guess is worth.
+    """Input scale of one layer, simulated from its weight; `engines.layer` says how good such a guess is.
 
     Args:
         weight: [out, in]; a numpy array or torch tensor of floats, or FP8: a torch.float8 tensor, or uint8 codes of
             `formats.DEFAULT`.
-        weight_scale: for FP8: one value, one per row, or one per block, in any shape that files have.
+        weight_scale: for FP8: one value, one per row, or one per block, in any shape found in files.
         lora_A: rows of a LoRA's A for this layer, [rank, in].
-        samples: rows of random input; ignored with `lora_A`.
+        samples: random input rows; ignored with `lora_A`.
         percentile: of the simulated magnitudes, in (0, 100].
         seed: of the random numbers.
         margin: factor ≥ 1 on the range; by default 8.
 
     Returns:
-        percentile · margin / max of the weight's format, FP8's where it is in high precision: a float32 value > 0; 1.0
-        for a weight that is empty or all zero.
+        percentile · margin / max of the weight's format (FP8 for high precision), as a float32 value > 0; 1.0 for a
+        weight that is empty or all zero.
 
     Raises:
         OptionError: samples, percentile or margin are out of range.
@@ -178,20 +175,20 @@ def compute_activation_scale(
 
 
 def _simulation(options: CalibrationOptions) -> layer_engine.Simulation:
-    """What the layer engine takes."""
+    """Options of the layer engine."""
     percentile = DEFAULT_PERCENTILE if options.percentile is None else options.percentile
     return layer_engine.Simulation(options.samples or DEFAULT_ROWS, percentile, options.seed)
 
 
 def _floats(tensor: Any) -> layer_engine.Float32:
-    """A numpy array or torch tensor of floats as float32."""
+    """A float32 array from a numpy array or torch tensor."""
     if hasattr(tensor, "detach"):
         tensor = tensor.detach().cpu().float().numpy()
     return np.asarray(tensor, np.float32)
 
 
 def _real_weight(weight: Any, weight_scale: Any) -> layer_engine.Float32:
-    """A weight, dequantized: float32 [out, in]."""
+    """A dequantized weight, float32 [out, in]."""
     shape = tuple(int(size) for size in weight.shape)
     if len(shape) != 2:
         raise TensorError(f"a weight should have two dimensions, found {list(shape)}")
@@ -201,7 +198,7 @@ def _real_weight(weight: Any, weight_scale: Any) -> layer_engine.Float32:
         scale = _floats(weight_scale)
         block = infer_block((shape[0], shape[1]), scale.shape)
         if block is None:
-            raise TensorError(f"a weight scale of shape {list(scale.shape)} fits no rule for a weight of {list(shape)}")
+            raise TensorError(f"a weight scale of shape {list(scale.shape)} does not fit a weight of {list(shape)}")
         info = TensorInfo("weight", DEFAULT_GRID.dtype, shape, 0, shape[0] * shape[1])
         layer = Layer("weight", info, DEFAULT, "none", block)
         if weight_OI.size:
@@ -220,13 +217,13 @@ def calibrate_model(
 ) -> Calibration:
     """Find the input scale of every FP8 layer of a checkpoint's diffusion model.
 
-    A layer that the running model does not visit keeps the scale that it has.
+    Layers that the model does not visit keep their scale.
 
     Args:
         model: a `.safetensors` file, a `.safetensors.index.json`, or an open checkpoint.
-        options: how.
-        loras: adapters that will be used with the model; ranges then cover it with and without them.
-        progress: told how far it is.
+        options: of the calibration.
+        loras: adapters that will be used with the model; the ranges cover runs with and without them.
+        progress: called with the progress.
 
     Returns:
         The calibration; nothing is written.
@@ -253,14 +250,14 @@ def calibrate_model(
     if options.engine == "layer":
         options = replace(options, samples=options.samples or DEFAULT_ROWS)
         if any(options.size):
-            notes.append("height, width, frames and text tokens are for running the model and were not used")
+            notes.append("not used: height, width, frames and text tokens, which only apply when the model is run")
         return Calibration("layer", _simulate(model, table, options, match, progress), options, notes, match)
 
     from .engines import diffusers
 
     options = replace(options, samples=options.samples or SAMPLES)
     if options.percentile is not None:
-        notes.append("the percentile is for simulated inputs and was not used: real ranges are taken whole")
+        notes.append("not used: the percentile, which only applies to simulated inputs")
     statistics = diffusers.observe(model, table, options, adapters=match, progress=progress).statistics
     shared = ("margin", "float16_safe", "one_row_full_precision")
     solving = SolveOptions(**{name: getattr(options, name) for name in shared})
@@ -272,41 +269,37 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
     """The layers of a checkpoint whose diffusion model has layers with a static input scale.
 
     Raises:
-        NoStaticScaleError: readers scale the inputs of all its layers as they come.
+        NoStaticScaleError: readers scale the inputs of all its layers dynamically.
         TensorError: it has no such layers, and why.
     """
     table = find_layers(checkpoint)
-    found = identify(checkpoint, table)
+    found, name = identify(checkpoint, table), checkpoint.path.name
     if table.static and not found.encoder:
         return table
     if table.diffusion and not found.encoder:
-        layers, name = named(table.diffusion.values()), checkpoint.path.name
         raise NoStaticScaleError(
-            f"nothing to calibrate: readers of its {layers} layers scale inputs as they come",
+            f"nothing to calibrate: readers of its {named(table.diffusion.values())} layers scale inputs dynamically",
             path=checkpoint.path,
-            hint=f"convert_to_quant inspect {name} says how it is read, convert_to_quant check ORIGINAL {name} what it "
-            "keeps of the images",
+            hint=f"see how it is read with convert_to_quant inspect {name}, and its image quality with "
+            f"convert_to_quant check ORIGINAL {name}",
         )
-    tensor = hint = None
-    if table.quantized:
-        tensor, layers = next(iter(table.quantized)), f"{len(table.quantized)} {named(table.quantized.values())} layers"
-        problem = f"its {layers} are not a diffusion model's, and nothing reads their input scales"
-        if found.encoder:
-            problem = f"nothing to calibrate: {found.title}, which ComfyUI runs in full precision without input scales"
-    elif table.raw:
-        tensor, layers = next(iter(table.raw)), f"{len(table.raw)} {named(table.raw.values())} layers"
-        problem = f"its {layers} are a plain cast without scales, and nothing reads input scales beside them"
-        hint = f"{CALIBRATE} marks them and finds input scales; converting the original, in 16 bits, keeps more"
-    elif found.kind not in (None, "diffusion"):
-        problem = f"nothing to calibrate in it: {found.title}"
-    else:
-        problem = "no FP8 layers with weight scales in this file"
-        hint = "convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal"
+    tensor = next(iter(table.quantized or table.raw), None)
+    problem, hint = f"nothing to calibrate: {found.title}", None
+    if found.encoder:
+        problem += ", which ComfyUI runs in full precision without input scales"
+    elif table.raw and not table.quantized:
+        problem = f"nothing to calibrate: a plain {named(table.raw.values())} cast without scales"
+        hint = (
+            f"{CALIBRATE} adds quantization configs and input scales; converting the 16-bit original is more accurate"
+        )
+    elif found.kind in (None, "diffusion"):
+        problem = "the diffusion model in this file has no FP8 layers with weight scales"
+        hint = "to convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal"
     raise TensorError(problem, path=checkpoint.path, tensor=tensor, hint=hint)
 
 
 def _left_alone(table: LayerTable) -> list[str]:
-    """Notes on a checkpoint's layers, and on those that a calibration does not touch."""
+    """Notes on a checkpoint's layers, and on those that a calibration leaves alone."""
     notes = list(table.notes)
     foreign = [layer.form for name, layer in table.foreign.items() if table.owns(name)]
     if foreign:
@@ -314,10 +307,10 @@ def _left_alone(table: LayerTable) -> list[str]:
     alone: dict[str, list[Layer]] = {}
     for layer in table.quantized.values():
         if layer.static and not table.owns(layer.name):
-            alone.setdefault(" beside the diffusion model, whose input scales nothing reads", []).append(layer)
+            alone.setdefault(" outside the diffusion model, whose input scales are never read", []).append(layer)
         elif not layer.static and table.owns(layer.name):
             factored = names.PRE_QUANT_SCALE in layer.parts
-            how = "multiply by pre_quant_scale first" if factored else "scale as they come"
+            how = "multiply by pre_quant_scale first" if factored else "scale dynamically"
             alone.setdefault(f", whose inputs readers {how}", []).append(layer)
     return notes + [
         f"left alone: {plural(len(layers), f'{named(layers)} layer')}{why}" for why, layers in alone.items()
@@ -325,14 +318,13 @@ def _left_alone(table: LayerTable) -> list[str]:
 
 
 def unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | None:
-    """Why diffusers' classes cannot run a model here; None where they can. No weight is read."""
-    # They are large, so some installations leave them out.
+    """Why diffusers' classes cannot run a model here; None if they can. Reads no weights."""
     missing = next((name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None), None)
     if missing is not None:
         return f"{missing} is not installed"
     from .engines import diffusers
 
-    try:  # it loads what runs this family
+    try:  # imports the family's classes
         return diffusers.supports(checkpoint, table)
     except ImportError as error:
         return f"diffusers cannot be imported here: {' '.join(str(error).split())}"
@@ -341,12 +333,10 @@ def unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -> str |
 def refuse_unrunnable(
     checkpoint: Checkpoint, table: LayerTable | None = None, undone: str = "calibrated", hint: str = INSTEAD
 ) -> None:
-    """Refuse a model that cannot be run, in FP8 or in high precision; no weight is read.
-
-    The message says that nothing was `undone`, and what can be done about it.
+    """Refuse a model that cannot be run, in FP8 or in high precision. Reads no weights.
 
     Raises:
-        UnsupportedModelError: why, and what to do instead.
+        UnsupportedModelError: with the reason, and the statement that nothing was `undone`.
     """
     reason = unrunnable(checkpoint, table)
     if reason is not None:
@@ -358,12 +348,12 @@ def refuse_unrunnable(
 def _solved(
     checkpoint: Checkpoint, table: LayerTable, statistics: Statistics, options: SolveOptions, notes: list[str]
 ) -> list[LayerResult]:
-    """Results out of statistics; adds to the notes what a user should know of them."""
+    """Solve statistics, and add notes on the results."""
     results = solve(statistics, present_scales(checkpoint, table, energies=options.finds_headroom), options)
     if moving := statistics.provenance.get("depends_on_conditioning"):
         notes.append(
-            f"calibrated on noise: the ranges of {len(moving)} layers depend on the conditioning, which noise only "
-            f"imitates (first: {min(moving)})"
+            f"calibrated on noise: in {plural(len(moving), 'layer')} the range depends on the conditioning, which "
+            f"noise only approximates (first: {min(moving)})"
         )
     absent = set(statistics.left_out)
     notes += [f"{r.layer}: not in these statistics: keeps its scale" for r in results if r.layer in absent]
@@ -374,20 +364,20 @@ def _solved(
 def apply_statistics(
     checkpoint: Checkpoint, statistics: Statistics, options: SolveOptions | None = None, *, force: bool = False
 ) -> Calibration:
-    """Solve statistics that were recorded before into a calibration of a checkpoint.
+    """Calibrate a checkpoint from recorded statistics.
 
     Args:
-        checkpoint: what will be patched.
-        statistics: of this model, from `observe` or from the recorder, in any spelling of its names; see `naming`.
-        options: how scales are chosen.
-        force: use the layers that match where others do not.
+        checkpoint: to be patched.
+        statistics: of this model, in any naming convention (`naming`).
+        options: how to choose scales.
+        force: use the layers that match, even if others do not.
 
     Returns:
         The calibration of the diffusion model's layers; nothing is written.
 
     Raises:
         CheckpointError: the checkpoint cannot be read, or has no FP8 layers.
-        StatisticsError: the statistics were made for another model.
+        StatisticsError: the statistics are for another model.
         CalibrationError: a layer saw NaN or infinite inputs.
     """
     options = options or SolveOptions()
@@ -399,7 +389,7 @@ def apply_statistics(
 
 
 def present_scales(checkpoint: Checkpoint, table: LayerTable, *, energies: bool) -> dict[str, Present]:
-    """What the layers with a static input scale have now; without the energies of their columns no weight is read."""
+    """The current state of layers with a static input scale; reads weights only for the `energies` of their columns."""
     return {
         name: Present(
             None if layer.dynamic else 1.0 if layer.input_problem is not None else input_scale(checkpoint, layer),
@@ -448,21 +438,22 @@ def patch_model_with_scales(
 
     Args:
         model: the checkpoint.
-        scales: input scale by layer name, or a calibration, which also sets full precision and says so in the header.
+        scales: input scale by layer name, or a calibration, which also sets full precision and is recorded in the
+            header.
         output: the new file; None with `in_place`.
-        in_place: change `model` itself. Marks of full precision change only where they have room.
-        enable_fp8_matmul: replace a legacy marker that turns FP8 products and input scales off.
+        in_place: change `model` itself. Full precision is set only where the quantization config has room.
+        enable_fp8_matmul: replace a legacy marker that turns FP8 matmuls and input scales off.
 
     Returns:
-        The patch that was written, with its notes.
+        The written patch, with its notes.
 
     Raises:
-        OptionError: neither or both of `output` and `in_place`.
+        OptionError: both `output` and `in_place`, or neither.
         CheckpointError: the checkpoint cannot be read, or a layer is not in it.
-        OutputError: it cannot be written; the input is as it was.
+        OutputError: it cannot be written; the input is unchanged.
     """
     if (output is None) != in_place:
-        raise OptionError("name an output, or ask for in place; one of the two")
+        raise OptionError("give either an output or in_place")
     with nullcontext(model) if isinstance(model, Checkpoint) else open_checkpoint(model) as checkpoint:
         make = plan if output is not None else plan_in_place
         patch = make(checkpoint, find_layers(checkpoint), scales, enable_fp8_matmul=enable_fp8_matmul)
@@ -482,7 +473,7 @@ def plan(
     without: Collection[str] = (),
     enable_fp8_matmul: bool = False,
 ) -> Patch:
-    """The patch that writes scales or a calibration, but for the scales of some layers; see `patch.plan_patch`."""
+    """The patch that writes scales or a calibration, except the scales of layers in `without`."""
     metadata: Mapping[str, str] = {}
     if isinstance(scales, Calibration):
         changes, metadata = scales.changes(full_precision=full_precision), scales.metadata(checkpoint.metadata)
@@ -500,13 +491,13 @@ def plan_in_place(
     *,
     enable_fp8_matmul: bool = False,
 ) -> Patch:
-    """Like `plan`, for the file itself.
+    """Like `plan`, for a change in place.
 
-    Where a mark has no room for full precision and the layer can do without, only the scales change. Of several layers
-    those keep dynamic scales that have no place for another.
+    If a quantization config has no room for full precision and the layer does not need it, only scales change. Layers
+    without an input scale in the file keep dynamic scales, unless no layer has one.
 
     Raises:
-        OutputError: a scale has no place of its own in the file, or a mark that the picture needs has no room.
+        OutputError: the file has no place for a scale, or no room for full precision that image quality requires.
     """
     named_scales = scales.scales if isinstance(scales, Calibration) else scales
     dynamic = [name for name in named_scales if name in table.static and table.static[name].dynamic]
@@ -524,13 +515,13 @@ def plan_in_place(
         in_place_edits(patch)
         wanted = sum(result.full_precision_after and not result.full_precision_before for result in results)
         patch.notes.append(
-            f"{wanted} layers would gain from full precision, but their marks have no room for it in place; -o OUT "
-            "writes a file that has it"
+            f"{wanted} layers would gain from full precision, but their quantization configs have no room for it; "
+            "write a new file with -o OUT"
         )
     if dynamic:
         patch.notes.append(
-            f"without a place for an input_scale, inputs stay scaled as they come in {plural(len(dynamic), 'layer')} "
-            f"(first: {dynamic[0]}); -o OUT writes a file that has them"
+            f"no place for an input_scale in {plural(len(dynamic), 'layer')} (first: {dynamic[0]}), whose inputs stay "
+            "scaled dynamically; write a new file with -o OUT"
         )
     return patch
 
@@ -538,10 +529,10 @@ def plan_in_place(
 def calibrate_written(
     writer: CheckpointWriter, source: Path, calibrate: Callable[[Checkpoint], Calibration]
 ) -> tuple[Calibration, Patch]:
-    """Calibrate a complete output of a conversion while it has no name yet; messages call it `source`.
+    """Calibrate the complete output of a conversion before it gets its name; messages call it `source`.
 
     Returns:
-        The calibration, and the patch that was written.
+        The calibration, and the written patch.
     """
     with writer.reopen(source) as quantized:
         found = calibrate(quantized)
@@ -553,5 +544,5 @@ def calibrate_written(
 
 
 if __name__ == "__main__":
-    # The command line stands above this module; only running the module as a program reaches up to it.
+    # importing the command line at the top would be circular
     raise SystemExit(importlib.import_module("convert_to_quant.cli.calibrate").main())

@@ -1,27 +1,27 @@
-"""Headroom for what was not seen: how far above absmax / max a static input scale may lie at no cost.
+"""Headroom for unseen values: how far above absmax / max a static input scale may lie at no cost.
 
-Why it exists. A range seen on a little noise is an estimate, and real prompts went up to 2.2 times beyond it on one
-trained model (docs/accuracy.md). What lies beyond a scale is clipped, which costs much; a scale that is too large
-costs little, since FP8 numbers are floats. How little depends on the layer: where quiet channels are read with large
-weights, a factor of 8 cost 3.5 dB.
+A range observed on some noise is an estimate; real prompts exceeded it by up to a factor of 2.2 on one trained model
+(docs/accuracy.md). Values beyond a scale are clipped, which costs much; a scale that is too large costs little, since
+FP8 numbers are floats. How little depends on the layer: where weights of quiet channels are large, a factor of 8 cost
+3.5 dB.
 
 Maths. An input value x_ti (token t, channel i) is taken as normal with standard deviation c_i r_t, where c_i is the
-channel's absmax over `CREST`, and r_t the token's absmax over that of the loudest channel. The error of the layer's
+channel's absmax over `CREST`, and r_t the token's absmax over that of the largest channel. The error of the layer's
 output, relative to each token's own output, is then
 
     E(s) = Σ_t p_t Σ_i w_i · ρ(c_i r_t / s)        w_i ∝ c_i² · (energy of column i of the weight)
 
 with ρ(u) the relative squared error of normal numbers of standard deviation u in the format at scale 1: about 2⁻¹⁰ over
-the normal range of FP8, and up to 1 below it. Only the product c_i r_t enters, so in bins of a quarter of an octave
-the sum over channels and tokens is a convolution, and E(s) is one dot product per scale.
+the normal range of FP8, and up to 1 below it. Only the product c_i r_t matters, so in bins of a quarter octave the sum
+over channels and tokens is a convolution, and E(s) is one dot product per scale.
 
-The scale chosen is the largest one whose E is within `TOLERANCE_DB` of the best, up to `MOST` times absmax / max, or
-1.0 where that is larger, clips nothing and is within it too; and at least `LEAST` times absmax / max. `LEAST` is
-what the factors measured on nine models ask for: at 1.5 few layers clip, at 2 two models lose 0.1 to 0.2 dB.
+The chosen scale is the largest whose E is within `TOLERANCE_DB` of the best: up to `MOST` times absmax / max, or 1.0 if
+that is larger, clips nothing and is within the tolerance too. It is at least `LEAST` times absmax / max, from factors
+measured on nine models: at 1.5 few layers clip; at 2 two models lose 0.1 to 0.2 dB.
 
-Limits. Where few tokens are loud, their channels' absmax is under `CREST` standard deviations, and all others are taken
-as quieter than they are: the scale comes out too small, never too large. Real values are heavier around zero than
-normal ones, where relative errors weigh nothing.
+Limits. If outlier tokens are few, the absmax of their channels is below `CREST` standard deviations, and all others
+count as quieter than they are: the scale comes out too small, never too large. Real values are heavier around zero than
+normal ones; relative errors there have no weight.
 """
 
 from __future__ import annotations
@@ -43,19 +43,16 @@ Float = NDArray[np.float64]
 LEAST, MOST = 1.5, 16.0
 """Bounds of the factor on absmax / max."""
 TOLERANCE_DB = 0.1
-"""What "costs nothing" means for the error of a layer's output."""
+"""The increase in the error of a layer's output that counts as free."""
 CREST = 3.0
-"""A channel's absmax over its standard deviation in the loudest tokens; of normal numbers, among some hundred."""
+"""A channel's absmax over its standard deviation in the largest tokens, as for some hundred normal numbers."""
 BINS_PER_OCTAVE = 4
 BANDS, BAND_ROWS = 8, 16
-"""Rows of a weight whose columns stand for all: so many bands of so many rows, evenly spread."""
+"""Sampled rows of a weight: this many evenly spaced bands of this many rows."""
 
 
 def column_energies(checkpoint: Checkpoint, layer: Layer) -> Float:
-    """Mean square of each column of a layer's real weight, float64 [in], from a sample of `BANDS` × `BAND_ROWS` rows.
-
-    The layer is any that can be dequantized; one column is within about 12 % of its true mean square.
-    """
+    """Mean square of each column of a dequantized weight, float64 [in], from a sample of rows; within about 12 %."""
     starts = np.unique(np.linspace(0, max(layer.out_features - BAND_ROWS, 0), BANDS).astype(int)).tolist()
     bands = [dequantize(checkpoint, layer, slice(start, start + BAND_ROWS)) for start in starts]
     rows_RI = np.concatenate(bands)
@@ -70,14 +67,14 @@ def free_scale(
     column_energies_I: Float,
     row_histogram: NDArray[np.int64],
 ) -> float:
-    """The largest input scale that costs a layer's output nothing.
+    """The largest input scale that is free for a layer's output.
 
     Args:
         grid: of the inputs' codes.
-        absmax: largest |x| seen, > 0.
+        absmax: largest observed |x|, > 0.
         channel_absmax_I: the same per channel, [in].
         column_energies_I: mean square of the weight's columns, [in].
-        row_histogram: rows per bin of their absmax, [BINS], as `Statistics.row_histogram` has them.
+        row_histogram: tokens per bin of their absmax, [BINS], as in `Statistics.row_histogram`.
 
     Returns:
         The scale, ≥ absmax / max.
@@ -95,7 +92,7 @@ def free_scale(
 def _sizes(
     channel_absmax_I: NDArray[np.float32], column_energies_I: Float, row_histogram: NDArray[np.int64]
 ) -> tuple[Float, Float]:
-    """Standard deviations of a layer's values, log2, and how much each weighs in the error of a token's output.
+    """log2 of the standard deviations of a layer's values, and the weight of each in the error of a token's output.
 
     Returns:
         Both [bins]; the weights add up to 1.
@@ -104,7 +101,7 @@ def _sizes(
     deviations = channel_absmax_I[used].astype(np.float64) / CREST
     first_channel, channels = _log2_histogram(deviations, deviations**2 * column_energies_I[used])
     counts = row_histogram[:NONFINITE_BIN].astype(np.float64)
-    counts[0] = 0  # rows of zeros lose nothing
+    counts[0] = 0  # tokens of zeros lose nothing
     filled = np.flatnonzero(counts)
     absmaxes = BIN_CENTRES[filled]
     first_row, rows = _log2_histogram(absmaxes / channel_absmax_I.max(), counts[filled])
@@ -113,7 +110,7 @@ def _sizes(
 
 
 def _log2_histogram(values: Float, weights: Float) -> tuple[int, Float]:
-    """Weights of positive values per bin of log2, scaled to add up to 1; the number of the first bin."""
+    """The index of the first bin of log2, and the weights of positive values per bin, scaled to add up to 1."""
     if not values.size or not weights.sum() > 0:
         return 0, np.ones(1)
     bins = np.rint(np.log2(values) * BINS_PER_OCTAVE).astype(int)
@@ -122,7 +119,7 @@ def _log2_histogram(values: Float, weights: Float) -> tuple[int, Float]:
 
 @cache
 def _error_table(grid: Grid) -> tuple[Float, Float]:
-    """log2 of standard deviations, and ρ of each at scale 1; exact to about 1 %."""
+    """log2 of standard deviations, and ρ of each at scale 1, to about 1 %."""
     normal = NormalDist()
     unit = np.array([normal.inv_cdf(0.5 + (number + 0.5) / 4000) for number in range(2000)])
     low, high = np.log2(grid.smallest_step) - 6, np.log2(grid.max)

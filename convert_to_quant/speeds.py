@@ -1,7 +1,7 @@
-"""What products cost on cards, by format: measured (`benchmarks/step_cost.py`) or quoted, in `speeds.json`.
+"""The cost of matmuls by GPU and format, measured (`benchmarks/step_cost.py`) or quoted, from `speeds.json`.
 
-Speed belongs to the card: on an H100 no format beats 16 bits by much, on an L40S INT8 is twice as fast. So a card that
-is not in the table has no speed here, and none is assumed.
+Speed depends on the GPU: on an H100 no format is much faster than 16 bits, on an L40S INT8 is twice as fast. So no
+speed is assumed for GPUs that are not in the table.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from .formats.record import GPUS
 from .untrusted import parse_json
 
 HIGH_PRECISION = "bf16"
-"""What layers that are not quantized compute in, as the table calls it."""
+"""The table's name for layers that are not quantized."""
 
 
 @cache
 def table() -> Mapping[str, Any]:
-    """Card -> device, source, and what its products cost."""
+    """GPU -> device, source, and costs."""
     found: Mapping[str, Any] = parse_json(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     return found
 
 
 def of_card(gpu: str) -> Mapping[str, Any]:
-    """What is known of a card.
+    """The entry of a GPU.
 
     Raises:
-        OptionError: nothing.
+        OptionError: it has none.
     """
     if gpu not in table():
         known = ", ".join(f"{name} ({each['source'].partition(' ')[0].rstrip(':')})" for name, each in table().items())
         raise OptionError(
-            f"no speed of {GPUS[gpu]} was measured, so --speed cannot be held to it",
-            hint=f"known: {known}; benchmarks/step_cost.py measures a card",
+            f"--speed needs measurements, and there are none for {GPUS[gpu]}",
+            hint=f"known: {known}; measure a GPU with benchmarks/step_cost.py",
         )
     found: Mapping[str, Any] = table()[gpu]
     return found
 
 
 def formats(gpu: str) -> frozenset[str]:
-    """The formats whose speed on a card is known."""
+    """The formats with a known speed on a GPU."""
     known = of_card(gpu)
     return frozenset(known.get("times_as_fast") or known["products"][0]["microseconds"])
 
 
 def microseconds(gpu: str, fmt: str, shape: tuple[int, int]) -> float:
-    """What a layer's product takes, quantizing its input included; of quoted speeds, in units of their own.
+    """The time of a layer's matmul, with the quantization of its input; in arbitrary units for quoted speeds.
 
     Args:
-        gpu: a card in the table.
+        gpu: a GPU in the table.
         fmt: one of `formats`, or "" for high precision.
-        shape: (out, in) of the weight. What was measured at the nearest shape is scaled by the multiply-adds.
+        shape: (out, in) of the weight. The measurement of the nearest shape is scaled by compute.
     """
     known, name, products = of_card(gpu), fmt or HIGH_PRECISION, math.prod(shape)
     if "times_as_fast" in known:

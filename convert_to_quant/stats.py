@@ -1,20 +1,20 @@
-"""What the inputs of a model's linear layers looked like: columns over layers, mergeable, one file.
+"""What was observed of the inputs of a model's linear layers: columns over layers, mergeable, in one file.
 
-Observing a model is slow and choosing scales is not, so what was observed is kept in a form that any choice can be
-made from later, and that adds up over prompts, runs, machines and GPUs. Each column is a maximum or a sum, so merging
-is elementwise `max` and `+`. Histograms always span the whole range of float32 (`kernels/__init__.py` says how a value
-finds its bin), so they add without rebinning.
+Observing a model is slow and choosing scales is fast. So observations are stored in a form that later choices need and
+that adds up over prompts, runs, machines and GPUs: each column is a maximum or a sum, and merging is elementwise `max`
+or `+`. Histograms always span the whole range of float32 (`kernels/__init__.py` defines the bins), so they add without
+rebinning.
 
-Counts and maxima merge exactly, in any order. Sums of squares are float64: their last bits depend on the order, and
-`==` passes over those.
+Counts and maxima merge exactly, in any order. Sums of squares are float64; `==` ignores their last bits, which depend
+on the order.
 
-Noise levels. Diffusion models run from sigma 1 (noise) to 0 (image). Absmax, count and sum of squares are kept in
-eight bins of sigma and a ninth for inputs whose sigma was not told; their totals are the totals.
+Noise levels. Diffusion models run from sigma 1 (noise) to 0 (image). Absmax, count and sum of squares are kept in eight
+bins of sigma, and a ninth for inputs of unknown sigma.
 
-Which model. Names and shapes do not tell two models of one family apart, so a few weights of each layer are kept as
-well. Quantization, an adapter or a fine-tune moves them a little, and another training run altogether (`alike`).
+Which model. Names and shapes do not distinguish two models of one family, so a few weights of each layer are stored as
+well. Quantization, an adapter or a fine-tune changes them slightly, another training run completely (`alike`).
 
-The file is a safetensors file: one tensor per column, names, shapes and provenance as JSON in its header.
+The file is a safetensors file: one tensor per column; names, shapes and provenance are JSON in its header.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BIN_EDGES: NDArray[np.float64] = np.append(
 """[NONFINITE_BIN + 1]: bin i holds BIN_EDGES[i] <= |x| < BIN_EDGES[i + 1]. Exact."""
 
 BIN_CENTRES: NDArray[np.float64] = (BIN_EDGES[:-1] + BIN_EDGES[1:]) / 2
-"""[NONFINITE_BIN]: the mean of a value that lies anywhere in the bin with equal chance."""
+"""[NONFINITE_BIN]: the mean of values that are uniform within a bin."""
 
 Shape = tuple[int, int]
 """[out_features, in_features] of a layer's weight."""
@@ -56,12 +56,12 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Column:
-    """One number or row of numbers per layer.
+    """One number, or one array, per layer.
 
     Attributes:
         dtype: of the array.
-        shape: what follows the layer axis.
-        merge: how two of them become one.
+        shape: after the layer axis.
+        merge: combines two of them.
     """
 
     dtype: type[np.generic]
@@ -80,46 +80,46 @@ COLUMNS: dict[str, Column] = {
     "histogram": Column(np.int64, (BINS,), np.add),
     "row_histogram": Column(np.int64, (BINS,), np.add),
 }
-"""The columns that are kept. Everything else follows from them."""
+"""The stored columns. Everything else follows from them."""
 
 CHANNELS = "channel_absmax"
-"""One more column, as long for each layer as its inputs are wide; older files lack it."""
+"""Another column, with one entry per input channel of each layer; older files lack it."""
 
 WEIGHTS = "weights"
-"""No column, but a tensor beside them: weights of each layer, float32 [L, SAMPLED], zeros where they are not known."""
+"""A further tensor: weights of each layer, float32 [L, SAMPLED], zeros where unknown."""
 
 SAMPLED = 64
-"""Weights of each layer that are kept."""
+"""Stored weights per layer."""
 
 DERIVED = ("absmax", "count", "nonfinite", "sum_of_squares")
-"""Columns that a file carries for other readers; ours computes them."""
+"""Columns that a file has for other readers; this module computes them."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
-    """What was observed of a model's layers. Arrays have the layers as their first axis, in the order of `layers`.
+    """What was observed of a model's layers. The first axis of arrays is the layers, in the order of `layers`.
 
     Attributes:
         layers: layer name -> shape of its weight, [out_features, in_features].
-        sigma_absmax: largest finite |x| per noise level; 0 where nothing was seen. Float32 [L, 9].
+        sigma_absmax: largest finite |x| per noise level; 0 where nothing was observed. Float32 [L, 9].
         sigma_count: finite values per noise level.
         sigma_squares: sum of squares of the finite values per noise level.
         zeros: values that are 0 or -0.
         calls: how often the layer ran.
-        rows: rows it saw.
-        rows_per_sample: the most rows that one call held for one sample of its batch; 1 for layers that see one row
-            per image (modulation, time and vector embedders), 0 for layers that never ran.
+        rows: tokens observed.
+        rows_per_sample: the most tokens per sample of a batch in one call; 1 for layers that see one token per image
+            (modulation, time and vector embedders), 0 for layers that never ran.
         histogram: values per bin of |x|; infinities and NaN in `NONFINITE_BIN`.
-        row_histogram: rows per bin of the row's absmax over its finite values.
-        channel_absmax: per layer the largest |x| of each input channel in a sample of rows, float32 [in]; empty where
-            it is not known, not finite, or 0.
-        samples: images (or whatever the engine draws) that the model ran for.
+        row_histogram: tokens per bin of their absmax over finite values.
+        channel_absmax: per layer, the largest |x| of each input channel in a sample of tokens, float32 [in]; empty if
+            unknown, not finite, or 0.
+        samples: images that the model ran for.
         provenance: facts about the run, each a sorted set of texts, so that merging is a union: "tool", "engine",
             "seed", "conditioning", "lora", "unseen", ...
         left_out: layers that a forced merge or selection dropped.
-        weights: of some layers, by name: what `sampled_place` names of their weights, float32 [64].
-        metadata: other texts from the file's header; not merged.
-        path: the file this was loaded from.
+        weights: of some layers, by name: the weights at `sampled_place`, float32 [64].
+        metadata: other entries of the file's header; not merged.
+        path: of the file they were loaded from.
     """
 
     layers: Mapping[str, Shape]
@@ -152,12 +152,12 @@ class Statistics:
 
     @staticmethod
     def empty(layers: Mapping[str, Shape]) -> Statistics:
-        """Statistics of layers that saw nothing yet."""
+        """Statistics before the first observation."""
         columns: dict[str, Any] = {n: np.zeros((len(layers), *c.shape), c.dtype) for n, c in COLUMNS.items()}
         return Statistics(dict(layers), **columns)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both say the same, wherever they were loaded from: sums within 1e-12, all else bit for bit."""
+        """Whether both are the same, whatever their files: sums within 1e-12, everything else exactly."""
         if not isinstance(other, Statistics):
             return NotImplemented
         return (
@@ -186,10 +186,10 @@ class Statistics:
         return {name: number for number, name in enumerate(self.layers)}
 
     def index(self, layer: str) -> int:
-        """Where a layer stands in the columns.
+        """The index of a layer.
 
         Raises:
-            StatisticsError: it is not there.
+            StatisticsError: it is missing.
         """
         if layer not in self._index:
             raise StatisticsError("no such layer in the statistics", path=self.path, tensor=layer)
@@ -197,41 +197,41 @@ class Statistics:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the model that was observed: SHA-256 of its layers' names and shapes, whatever their order."""
+        """Identity of the observed model: SHA-256 of the names and shapes of its layers in any order."""
         listing = sorted([name, *shape] for name, shape in self.layers.items())
         return hashlib.sha256(json.dumps(listing, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def absmax(self) -> NDArray[np.float32]:
-        """Largest finite |x| seen, float32 [L]; 0 for a layer never visited or seen only as zeros."""
+        """Largest finite |x|, float32 [L]; 0 for layers that never ran or saw only zeros."""
         largest: NDArray[np.float32] = self.sigma_absmax.max(1)
         return largest
 
     @property
     def count(self) -> NDArray[np.int64]:
-        """Finite values seen, [L]."""
+        """Number of finite values, [L]."""
         total: NDArray[np.int64] = self.sigma_count.sum(1)
         return total
 
     @property
     def nonfinite(self) -> NDArray[np.int64]:
-        """Infinities and NaN seen, [L]. They are part of no other number but `histogram`."""
+        """Number of infinities and NaN, [L]; they count in `histogram` only."""
         return self.histogram[:, NONFINITE_BIN]
 
     @property
     def sum_of_squares(self) -> NDArray[np.float64]:
-        """Sum of the squares of the finite values, [L]."""
+        """Sum of squares of finite values, [L]."""
         total: NDArray[np.float64] = self.sigma_squares.sum(1)
         return total
 
     @property
     def mean_square(self) -> NDArray[np.float64]:
-        """Mean of x^2, [L]; 0 where nothing was seen."""
+        """Mean of x^2, [L]; 0 where nothing was observed."""
         return self.sum_of_squares / np.maximum(self.count, 1)
 
     @property
     def sigma_mean_square(self) -> NDArray[np.float64]:
-        """Mean of x^2 per noise level, [L, 9]; 0 where nothing was seen."""
+        """Mean of x^2 per noise level, [L, 9]; 0 where nothing was observed."""
         return self.sigma_squares / np.maximum(self.sigma_count, 1)
 
     @property
@@ -242,24 +242,24 @@ class Statistics:
 
     @property
     def unseen(self) -> tuple[str, ...]:
-        """Layers that ran and of which no input was ever seen; see `recorder`."""
+        """Layers that ran but whose inputs could not be observed; see `recorder`."""
         told = set(self.provenance.get("unseen", ()))
         return tuple(name for name, seen in zip(self.layers, self.visited, strict=True) if name in told and not seen)
 
     @property
     def one_row(self) -> NDArray[np.bool_]:
-        """Layers that never saw more than one row per sample, [L]."""
+        """Layers that see one token per sample, [L]."""
         single: NDArray[np.bool_] = self.rows_per_sample == 1
         return single
 
     def quantiles(self, q: float) -> NDArray[np.float64]:
-        """The q-quantile of |x| of every layer, [L], taking values as uniform within a bin.
+        """The q-quantile of |x| of each layer, with values uniform within a bin.
 
         Args:
             q: in [0, 1]; 1 gives absmax exactly.
 
         Returns:
-            [L], at most absmax, off by at most one bin (1/16 of an octave); 0 where nothing was seen.
+            [L], at most absmax, off by at most one bin (1/16 of an octave); 0 where nothing was observed.
         """
         counts = self.histogram[:, :NONFINITE_BIN]
         cumulative = counts.cumsum(1)
@@ -273,15 +273,15 @@ class Statistics:
         return found
 
     def rows_below(self, thresholds: NDArray[Any] | float) -> NDArray[np.float64]:
-        """Share of rows whose absmax lies under a threshold but is not zero.
+        """Share of tokens whose absmax is below a threshold but not zero.
 
-        A row of zeros loses nothing to any scale, so bin 0 (under 2^-130) never counts as below.
+        Tokens of zeros lose nothing at any scale, so bin 0 (below 2^-130) never counts.
 
         Args:
             thresholds: positive, [L] or one number.
 
         Returns:
-            [L], in [0, 1]; exact at bin edges, linear between; 0 for layers without rows.
+            [L], in [0, 1]; exact at bin edges, linear in between; 0 for layers without tokens.
         """
         counts = self.row_histogram[:, :NONFINITE_BIN]
         under_edges = counts.cumsum(1) - counts[:, :1]  # of bins, but the first
@@ -291,11 +291,11 @@ class Statistics:
         return share
 
     def with_facts(self, samples: int | None = None, **facts: object) -> Statistics:
-        """A copy that says more about where it comes from.
+        """A copy with further provenance.
 
         Args:
-            samples: images that the model ran for; None leaves the number as it is.
-            **facts: entries of `provenance`: one value, or a list, tuple or set of values, each kept as its text.
+            samples: images that the model ran for; None keeps the number.
+            **facts: entries of `provenance`: one value, or a list, tuple or set of values, stored as texts.
         """
         provenance = {**self.provenance, **{key: _texts(value) for key, value in facts.items()}}
         return self.replace(samples=self.samples if samples is None else samples, provenance=provenance)
@@ -305,22 +305,22 @@ class Statistics:
         return Statistics(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
 
     def take(self, names: Iterable[str]) -> Statistics:
-        """The statistics of some of the layers, in the order given.
+        """The statistics of some layers, in the given order.
 
         Raises:
-            StatisticsError: one of them is not there.
+            StatisticsError: one of them is missing.
         """
         chosen = list(names)
         numbers = [self.index(name) for name in chosen]
         return self.replace(layers={name: self.layers[name] for name in chosen}, **self.columns(numbers))
 
     def columns(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """All columns of the layers with these numbers, as arguments for `replace`."""
+        """All columns of the layers with these indices, as arguments for `replace`."""
         channels = tuple(self.channel_absmax[number] for number in numbers)
         return {name: getattr(self, name)[list(numbers)] for name in COLUMNS} | {CHANNELS: channels}
 
     def other_weights(self, weights: Mapping[str, NDArray[np.float32]]) -> set[str]:
-        """The layers whose weights were others when they were observed; see `alike`."""
+        """The layers that had different weights when they were observed; see `alike`."""
         return {name for name in weights.keys() & self.weights.keys() if not alike(weights[name], self.weights[name])}
 
     def for_layers(
@@ -331,18 +331,16 @@ class Statistics:
         weights: Mapping[str, NDArray[np.float32]] | None = None,
         model: Path | None = None,
     ) -> Statistics:
-        """The statistics of a model's layers, to be used on that model.
-
-        Layers that were observed but are not asked for do no harm: a file may hold only some of its layers in FP8.
+        """The statistics of a model's layers, to be used on that model. Further observed layers are dropped.
 
         Args:
             layers: layer name -> shape of its weight.
-            force: keep the layers that match, and put the others into `left_out`, instead of raising.
-            weights: what `sampled_place` names of the weights of some layers, as they are now.
+            force: keep the layers that match, and list the others in `left_out`, instead of raising.
+            weights: current weights of some layers, at `sampled_place`.
             model: the file, for messages.
 
         Raises:
-            StatisticsError: a layer was not in the observed model, or had another shape or other weights there; with
+            StatisticsError: the observed model lacked a layer, or had another shape or other weights there; with
                 `force`, no layer matches.
         """
         strange = self.other_weights(weights or {})
@@ -363,9 +361,9 @@ class Statistics:
     def save(
         self, path: StrPath, metadata: Mapping[str, str] | None = None, further: Mapping[str, Entry] | None = None
     ) -> None:
-        """Write everything into one safetensors file, whole or not at all, in place of an older one.
+        """Write everything into one safetensors file, atomically.
 
-        Further texts of the header come back as `metadata`; further tensors are for others to read.
+        Further entries of the header are loaded as `metadata`; further tensors are for others to read.
 
         Raises:
             OutputError: it cannot be written.
@@ -393,11 +391,11 @@ class Statistics:
 
     @staticmethod
     def load(path: StrPath) -> Statistics:
-        """Read what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
             CheckpointError: it cannot be read as a safetensors file.
-            StatisticsError: it holds no statistics, those of a newer version, or ones that contradict themselves.
+            StatisticsError: it has no statistics, those of a newer version, or contradictory ones.
         """
         path = Path(path)
         with open_checkpoint(path) as checkpoint:
@@ -428,7 +426,7 @@ class Statistics:
         return loaded
 
     def _check(self, fingerprint: str) -> None:
-        """Refuse columns that contradict each other: a damaged file, or one that another tool wrote wrongly."""
+        """Refuse columns that contradict each other."""
         contradictions = {
             "the fingerprint is not that of the layers": np.array([self.fingerprint != fingerprint]),
             "the histogram and the counts disagree": self.histogram[:, :NONFINITE_BIN].sum(1) != self.count,
@@ -443,7 +441,7 @@ _UNKNOWN: NDArray[np.float32] = np.zeros(0, np.float32)
 
 
 def _load_column(checkpoint: Checkpoint, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
-    """One tensor of a statistics file, checked."""
+    """A validated tensor of a statistics file."""
     info = checkpoint.tensors.get(name)
     if info is None:
         raise StatisticsError("the column is missing", path=checkpoint.path, tensor=name)
@@ -458,7 +456,7 @@ def _load_column(checkpoint: Checkpoint, name: str, dtype: type[np.generic], sha
 
 
 def _merged_channels(parts: Sequence[Statistics]) -> tuple[NDArray[np.float32], ...]:
-    """The absmax of each channel; known where all know it that saw the layer."""
+    """The absmax of each channel, if all that ran the layer have it."""
     merged = []
     for number in range(len(parts[0].layers)):
         seen = [part.channel_absmax[number] for part in parts if part.calls[number]]
@@ -467,19 +465,18 @@ def _merged_channels(parts: Sequence[Statistics]) -> tuple[NDArray[np.float32], 
 
 
 def merge(*statistics: Statistics, force: bool = False) -> Statistics:
-    """Add statistics up, as if one run had seen all that they saw. The order of the arguments does not matter.
+    """Merge statistics as if one run had observed everything. The order of arguments does not matter.
 
     Args:
         *statistics: of one model, at least one.
-        force: keep the layers that all of them have with one shape and the same weights, and put the others into
-            `left_out`, instead of raising.
+        force: keep the layers that all have with the same shape and weights, and list the others in `left_out`, instead
+            of raising.
 
     Returns:
-        New statistics, with the path of the first. Layers are in the order that all share, or sorted by name where they
-        disagree.
+        New statistics, with the path of the first. Layers are in the common order, or sorted by name if orders differ.
 
     Raises:
-        StatisticsError: they were made for different models; with `force`, no layer is common.
+        StatisticsError: they are for different models; with `force`, no layer is common.
     """
     if not statistics:
         raise StatisticsError("no statistics to merge")
@@ -519,16 +516,15 @@ def merge(*statistics: Statistics, force: bool = False) -> Statistics:
 
 
 def sampled_place(shape: Shape) -> tuple[int, NDArray[np.intp]]:
-    """Where a weight is sampled: the row in the middle, and columns spread evenly over it, [64]."""
+    """Where a weight is sampled: its middle row, and evenly spaced columns, [64]."""
     return shape[0] // 2, np.linspace(0, shape[1] - 1, SAMPLED).astype(np.intp)
 
 
 def alike(weights: NDArray[np.float32], others: NDArray[np.float32]) -> bool:
-    """Whether two samples of a weight are of one model: 2 Σab / (Σa² + Σb²) is 0.5 or more.
+    """Whether two samples of a weight come from the same model: 2 Σab / (Σa² + Σb²) is at least 0.5.
 
-    It is 1 where they are equal, about 1 - e² / 2 where they differ by a relative error e (4-bit weights: 0.1 to 0.2),
-    near 0 where nothing connects them, and 2 f / (1 + f²) where one is the other times f. Of weights that are all zero
-    nothing can be said.
+    It is 1 for equal weights, about 1 - e² / 2 for a relative error e (4-bit weights: 0.1 to 0.2), near 0 for unrelated
+    weights, and 2 f / (1 + f²) for a factor f. Weights that are all zero count as alike.
     """
     a, b = weights.astype(np.float64), others.astype(np.float64)
     return not (a.any() and b.any()) or bool(4 * (a @ b) >= a @ a + b @ b)
@@ -552,17 +548,19 @@ def _texts(value: object) -> tuple[str, ...]:
 
 
 def _differ(names: list[str], strange: set[str]) -> str:
-    """What layers differ in, those that are strange in their weights, and the first few names."""
+    """What layers differ in (`strange`: in their weights), with the first few names."""
     what = "weights" if strange.issuperset(names) else "name, shape or weights" if strange else "name or shape"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"differ in {what}: {', '.join(names[:3])}{more}"
 
 
 def _parse_head(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The header's JSON, its version and the kind of each entry checked."""
+    """The validated JSON of the header."""
     if METADATA_KEY not in metadata:
         raise StatisticsError(
-            "not a statistics file: its header lacks them", path=path, hint="`convert_to_quant observe` makes one"
+            "not a statistics file: its header has no statistics",
+            path=path,
+            hint="make one with convert_to_quant observe",
         )
     head = parse_json(
         metadata[METADATA_KEY],
@@ -589,4 +587,4 @@ _HEAD: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "left_out": ("a list of texts", is_texts),
     "layers": ("shapes by layer", lambda said: isinstance(said, dict)),
 }
-"""What the header's statistics hold beside their version: what each should be, in words and as a check."""
+"""Entries of the header besides the version: what each should be, in words and as a check."""

@@ -523,7 +523,7 @@ def test_where_readers_scale_inputs_there_is_nothing_to_calibrate_which_is_said(
     before = Path(out).read_bytes()
     for target in (["--in-place"], ["-o", str(tmp_path / "more.safetensors")]):
         assert main(["-i", out, "--actcal", *target]) == 1
-        nothing = "nothing to calibrate: readers of its INT8 layers scale inputs as they come"
+        nothing = "nothing to calibrate: readers of its INT8 layers scale inputs dynamically"
         assert capsys.readouterr().err.startswith(f"error: {out}: {nothing} (convert_to_quant inspect out.safetensors")
     assert Path(out).read_bytes() == before
 

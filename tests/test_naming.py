@@ -106,7 +106,9 @@ def test_text_encoders_in_the_same_file_are_left_alone(
         calibration = apply_statistics(checkpoint, statistics(RECORDED))
         assert input_scale(checkpoint, find_layers(checkpoint).quantized[encoder]) == 1.0
     assert [result.layer for result in calibration.results] == [layer]
-    assert calibration.notes == ["left alone: 1 FP8 layer beside the diffusion model, whose input scales nothing reads"]
+    assert calibration.notes == [
+        "left alone: 1 FP8 layer outside the diffusion model, whose input scales are never read"
+    ]
 
 
 def test_statistics_of_a_prefixed_file_fit_a_bare_one(

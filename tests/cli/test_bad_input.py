@@ -156,8 +156,8 @@ def test_a_bad_input_scale_that_is_used_is_refused(done, refused, flux_file, fp8
 def test_a_file_with_nothing_to_do(refused, save):
     save("in.safetensors", {"norm.weight": np.ones(4, np.float32)})
     message = (
-        "in.safetensors: no FP8 layers with weight scales in this file "
-        "(convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal)"
+        "in.safetensors: the diffusion model in this file has no FP8 layers with weight scales "
+        "(to convert and calibrate in one step: convert_to_quant -i IN -o OUT --actcal)"
     )
     refused(message, "in.safetensors", "-o", "out.safetensors", main=calibrate.main)
     message = (
@@ -171,9 +171,8 @@ def test_a_plain_cast_has_nothing_to_calibrate_until_it_is_marked(refused, save,
     codes = np.full((64, 64), 0x38, np.uint8)
     save("in.safetensors", {"blocks.0.a.weight": ("F8_E4M3", codes), "head.weight": np.eye(64, dtype=np.float32)})
     message = (
-        "in.safetensors: blocks.0.a: its 1 FP8 layers are a plain cast without scales, and nothing reads input scales "
-        "beside them (convert_to_quant -i FILE -o NEW --actcal marks them and finds input scales; converting the "
-        "original, in 16 bits, keeps more)"
+        "in.safetensors: blocks.0.a: nothing to calibrate: a plain FP8 cast without scales (convert_to_quant -i FILE "
+        "-o NEW --actcal adds quantization configs and input scales; converting the 16-bit original is more accurate)"
     )
     refused(message, "in.safetensors", *words, main=calibrate.main)
 

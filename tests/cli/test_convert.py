@@ -179,7 +179,7 @@ def test_a_text_encoder_in_fp8_beside_a_model_that_is_converted_is_left_alone(
     done("-i", path, "-o", output, *MODEL)
     assert set(scales(output)) == {f"model.diffusion_model.{key}" for key in flux.quantized}
     again = done("-i", output, "--in-place", *MODEL, "--actcal-seed", 7)
-    assert "left alone: 1 FP8 layer beside the diffusion model" in again.err
+    assert "left alone: 1 FP8 layer outside the diffusion model" in again.err
 
 
 def test_ranges_cover_the_model_with_and_without_its_lora(done, lora, fp8_file, scales):

@@ -555,7 +555,7 @@ def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path
 
     file, text = CalibrateFP8Checkpoint().calibrate(**given)["result"]
     assert text.startswith("calibrated 1 of 1 layers")
-    assert "left alone: 1 INT8 ConvRot layer, whose inputs readers scale as they come" in text
+    assert "left alone: 1 INT8 ConvRot layer, whose inputs readers scale dynamically" in text
     with open_checkpoint(comfyui.models / "mix.safetensors") as before, open_checkpoint(comfyui.models / file) as after:
         changed = {name for name in before if before.raw(name).tobytes() != after.raw(name).tobytes()}
         assert [name for name in after if name not in before] == [f"{fp8}.input_scale"]
