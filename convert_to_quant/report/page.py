@@ -26,7 +26,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -57,6 +57,8 @@ _LISTED = 12
 """Groups of more layers than this are collapsed."""
 
 Document = Mapping[str, Any]
+Layers = Sequence[tuple[str, Mapping[str, Any]]]
+"""Names and measurements of the layers of a side."""
 
 
 def render(document: Document) -> str:
@@ -66,7 +68,7 @@ def render(document: Document) -> str:
         "echarts": _asset("echarts.min.js"),
         "script": "\n".join(['(() => {\n"use strict";', *map(_asset, SCRIPTS), "})();\n"]),
     }
-    style, verdict = _asset("page.css"), document["verdict"]
+    style, verdict, commands = _asset("page.css"), document["verdict"], _by_side(document, _apply)
     texts = {
         "version": document["version"],
         "title": document["title"],
@@ -85,11 +87,13 @@ def render(document: Document) -> str:
         policy=f"default-src 'none'; script-src {' '.join(map(_hash, scripts.values()))}; style-src {_hash(style)}; "
         "img-src data:; base-uri 'none'; form-action 'none'",
         echarts_version=ECHARTS_VERSION,
-        bars=_bars(document),
+        bars=_by_side(document, _bars),
         points=_list(verdict["points"]),
-        made=_made(document),
-        kept=_kept(document),
-        apply=_apply(document),
+        made=_by_side(document, _made),
+        options=_terms({"convert_to_quant": document["version"], "report": document["options"]}),
+        kept=_by_side(document, _kept),
+        apply=commands,
+        unchanged="" if commands else " hidden",
         document=_embedded(document),
     )
 
@@ -128,21 +132,24 @@ def _embedded(document: Document) -> str:
     return text
 
 
-def _sides(document: Document) -> Iterator[tuple[str, Mapping[str, Any], list[tuple[str, Mapping[str, Any]]]]]:
-    """Each side: its letter if there are two, the side, and the names and measurements of its layers."""
-    for number, side in enumerate(document["sides"]):
-        figures = [(layer["name"], layer["sides"][number]) for layer in document["layers"]]
-        letter = "AB"[number] if len(document["sides"]) > 1 else ""
-        yield letter, side, [(name, one) for name, one in figures if one is not None]
+def _by_side(document: Document, body: Callable[[Mapping[str, Any], Layers], str]) -> str:
+    """What a function makes of each side and of its layers, under the name of the side if there are two."""
+    parts = []
+    for number, (letter, side) in enumerate(zip("AB", document["sides"], strict=False)):
+        layers = [(layer["name"], layer["sides"][number]) for layer in document["layers"]]
+        made = body(side, [(name, figures) for name, figures in layers if figures is not None])
+        title = f'<p class="side">{letter}: {escape(side["label"])}</p>' if len(document["sides"]) > 1 else ""
+        parts += [title, made] if made else []
+    return "".join(parts)
 
 
 def _about(document: Document) -> str:
     """The files and what was observed, in one line."""
     parts = [plural(len(document["layers"]), "layer")]
-    for letter, side, _ in _sides(document):
+    for side in document["sides"]:
         images = f"{plural(side['samples'], 'image')} observed" if side["samples"] else ""
         said = ", ".join(filter(None, (side["family"], images, side["conditioning"] and f"on {side['conditioning']}")))
-        parts.append(f"{side['label']}: {said}" if said and letter else said)
+        parts.append(f"{side['label']}: {said}" if said and len(document["sides"]) > 1 else said)
     return " · ".join(filter(None, parts))
 
 
@@ -153,28 +160,21 @@ def _list(texts: Sequence[str]) -> str:
 def _state(figures: Mapping[str, Any], when: str) -> str:
     """The segment of a bar that counts a layer."""
     state = figures[when]
-    if state["full_precision"]:
-        return "precise"
-    if state["risk"]:
-        return "risky"
+    if state["full_precision"] or state["risk"]:
+        return "precise" if state["full_precision"] else "risky"
     if figures["inputs"]:
         return "dynamic"
     return "unknown" if figures["unused"] or figures["source"] == "none" else "fine"
 
 
-def _bars(document: Document) -> str:
+def _bars(side: Mapping[str, Any], layers: Layers) -> str:
     """The number of layers in each state, as one bar for now and one for after calibration."""
-    bars = []
-    for letter, side, layers in _sides(document):
-        if side["mix"] and not side["statistics"]:
-            continue  # its scales were measured together with its formats
-        moments = {"before": "current scales" if side["model"] else "scale 1.0"}
-        if any(figures["changed"] for _, figures in layers):
-            moments["after"] = "after calibration"
-        for when, words in moments.items():
-            label = f"{letter} {words}" if letter else words.capitalize()
-            bars.append(_bar(label, Counter(_state(figures, when) for _, figures in layers)))
-    return f'<dl class="bars">{"".join(bars)}</dl>' if document["layers"] and bars else ""
+    if not layers or (side["mix"] and not side["statistics"]):
+        return ""  # the scales of a mix were measured together with its formats
+    bars = _bar("Current scales" if side["model"] else "Scale 1.0", Counter(_state(one, "before") for _, one in layers))
+    if any(figures["changed"] for _, figures in layers):
+        bars += _bar("After calibration", Counter(_state(one, "after") for _, one in layers))
+    return f'<dl class="bars">{bars}</dl>'
 
 
 def _bar(label: str, counts: Counter[str]) -> str:
@@ -185,87 +185,55 @@ def _bar(label: str, counts: Counter[str]) -> str:
             segments += f'<rect class="seg {state}" x="{start}" width="{count}" height="1"/>'
             start += count
     return (
-        f'<dt>{escape(label)}</dt><dd><svg viewBox="0 0 {max(start, 1)} 1" preserveAspectRatio="none" '
-        f'aria-hidden="true">{segments}</svg><span class="said">{", ".join(said) or "no layers"}</span></dd>'
+        f'<dt>{label}</dt><dd><svg viewBox="0 0 {start} 1" preserveAspectRatio="none" aria-hidden="true">{segments}'
+        f'</svg><span class="said">{", ".join(said)}</span></dd>'
     )
 
 
-def _made(document: Document) -> str:
-    """How it was made: files, run, options, notes; collapsed."""
-    parts = []
-    for letter, side, _ in _sides(document):
-        if letter:
-            parts.append(f"<h3>{letter}: {escape(side['label'])}</h3>")
-        lines = {
-            "checkpoint": side["model"],
-            "family": side["family"],
-            "statistics": side["statistics"],
-            "images": f"{side['samples']:,}" if side["samples"] else None,
-            **_prefixed("observed", side["provenance"]),
-            **_prefixed("mix", {key: side["mix"].get(key) for key in ("gpu", "bits", "expected_db", "measured_db")}),
-            **_prefixed("chosen by", side["options"]),
-            "notes": side["notes"],
-        }
-        parts.append(_terms(lines))
-    parts.append(_terms({"convert_to_quant": document["version"], **_prefixed("report", document["options"])}))
-    return f'<details class="made"><summary>How this was made</summary>{"".join(parts)}</details>'
+def _made(side: Mapping[str, Any], _: Layers) -> str:
+    """The origin of a side."""
+    names = ("model", "family", "statistics", "samples", "provenance", "options", "notes")
+    mix = {key: side["mix"].get(key) for key in ("gpu", "bits", "expected_db", "measured_db")}
+    return f"<dl>{_terms({name: side[name] for name in names} | {'mix': mix})}</dl>"
 
 
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}: {key.replace('_', ' ')}": value for key, value in values.items()}
+def _terms(values: Mapping[str, Any]) -> str:
+    """JSON values as a list of terms. Empty entries are left out, long ones are collapsed."""
+    said = ""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            said += _terms({f"{name}: {key}": one for key, one in value.items()})
+            continue
+        texts = [_text(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "", 0)]
+        body = escape(texts[0]) if len(texts) == 1 else _list(texts)
+        if len(texts) > _LISTED:
+            body = f"<details><summary>{len(texts):,}</summary>{body}</details>"
+        said += f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{body}</dd>" if texts else ""
+    return said
 
 
 def _text(value: Any) -> str:
-    """A JSON value for people."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return "yes" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _terms(lines: Mapping[str, Any]) -> str:
-    """Names and texts. Empty entries are left out, long ones are collapsed."""
-    said = []
-    for name, value in lines.items():
-        texts = [_text(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
-        body = escape(texts[0]) if len(texts) == 1 else _list(texts)
-        if len(texts) > _LISTED // 2:
-            body = f"<details><summary>{len(texts):,}</summary>{body}</details>"
-        if texts:
-            said.append(f"<dt>{escape(name)}</dt><dd>{body}</dd>")
-    return f"<dl>{''.join(said)}</dl>"
-
-
-def _kept(document: Document) -> str:
+def _kept(_: Mapping[str, Any], layers: Layers) -> str:
     """Layers in full precision and unchanged layers, grouped by reason."""
-    parts = []
-    for letter, side, layers in _sides(document):
-        reasons = [(why, name) for name, figures in layers for why in _whys(figures)]
-        groups: dict[str, list[str]] = {}
-        for why, name in reasons:
+    groups: dict[str, list[str]] = {}
+    for name, figures in layers:
+        for why in _whys(figures):
             groups.setdefault(why, []).append(name)
-        if letter:
-            parts.append(f'<p class="side">{letter}: {escape(side["label"])}</p>')
-        for why, names in groups.items():
-            count = f"<b>{len(names):,}</b> {'layer' if len(names) == 1 else 'layers'}"
-            opened = " open" if len(names) <= _LISTED else ""
-            parts.append(f"<details{opened}><summary>{count} {escape(why)}</summary>{_list(names)}</details>")
-        if not groups:
-            parts.append("<p>None: all layers compute in FP8 with a measured scale.</p>")
-    return f'<div class="kept">{"".join(parts)}</div>'
+    said = ""
+    for why, names in groups.items():
+        opened = " open" if len(names) <= _LISTED else ""
+        count, noun = plural(len(names), "layer").split()
+        said += f"<details{opened}><summary><b>{count}</b> {noun} {escape(why)}</summary>{_list(names)}</details>"
+    return said or "<p>None: all layers compute in FP8 with a measured scale.</p>"
 
 
-def _apply(document: Document) -> str:
-    """The commands that write the new scales, to be copied."""
-    commands = ""
-    for letter, side, _ in _sides(document):
-        if side["apply"]:
-            commands += f'<p class="side">{letter}: {escape(side["label"])}</p>' if letter else ""
-            commands += f'<div class="command"><code>{escape(side["apply"])}</code>'
-            commands += '<button type="button" class="quiet copy" hidden>Copy</button></div>'
-    said = "This command writes a new file with the new scales. To change the file itself, replace -o by --in-place."
-    title = '<h2 id="apply-title">Apply</h2>'
-    section = f'<section id="apply" aria-labelledby="apply-title">{title}<p class="how">{said}</p>{commands}</section>'
-    return section if commands else ""
+def _apply(side: Mapping[str, Any], _: Layers) -> str:
+    """The command that writes the new scales, to be copied."""
+    button = '<button type="button" class="quiet copy" hidden>Copy</button>'
+    return side["apply"] and f'<div class="command"><code>{escape(side["apply"])}</code>{button}</div>'
 
 
 def _whys(figures: Mapping[str, Any]) -> Iterator[str]:
@@ -275,7 +243,5 @@ def _whys(figures: Mapping[str, Any]) -> Iterator[str]:
         return
     if figures["after"]["full_precision"]:
         yield CAUSES.get(figures["cause"], "in full precision already")
-    if figures["unused"]:
-        yield f"unchanged: {figures['unused']}"
-    elif not figures["absmax"]:
-        yield f"unchanged: {figures['reason']}"
+    if figures["unused"] or not figures["absmax"]:
+        yield f"unchanged: {figures['unused'] or figures['reason']}"

@@ -184,7 +184,7 @@ def test_names_of_strangers_are_only_text_that_fetches_and_runs_nothing(document
 def test_it_begins_with_the_verdict_and_ends_with_all_figures():
     html = markup(page.render(report(SMALL)))
     ids = re.findall(r'<section id="(\w+)"', html)
-    assert ids == ["verdict", "mix", "alone", "picture", "levels", "kept", "figures"]
+    assert ids == ["verdict", "mix", "alone", "picture", "levels", "kept", "figures", "apply"]
     headings = re.findall(r"<h\d", html)
     assert (headings[0], headings.count("<h1")) == ("<h1", 1)
 
