@@ -453,14 +453,13 @@ def _labels(sources: Sequence[Source]) -> list[str]:
     """Names of the sides, by the first thing that differs: statistics, checkpoints, options."""
     if len(sources) == 1:
         return [sources[0].label or _what(sources[0])]
-    observed = [None if source.statistics is None else source.statistics.path for source in sources]
     models = [None if source.model is None else Path(source.model) for source in sources]
     candidates = (
         [" + ".join(_files(source)) for source in sources],
-        [_in_folder(path) for path in observed],
+        [_in_folder(None if (one := source.statistics) is None else one.path) for source in sources],
         ["" if path is None else path.name for path in models],
         [_in_folder(path) for path in models],
-        [_changed(source.options, other.options) for source, other in zip(sources, sources[::-1], strict=True)],
+        [" ".join(flags_of(source.options)) or "defaults" for source in sources],
         ["A", "B"],
     )
     chosen = next(found for found in candidates if len(set(found)) == len(sources))
@@ -475,22 +474,3 @@ def _in_folder(path: Path | None) -> str:
 def _what(source: Source) -> str:
     """The name of the checkpoint, or else of the statistics."""
     return " + ".join(_files(source)) if source.model is None else Path(source.model).name
-
-
-def _changed(options: SolveOptions, other: SolveOptions) -> str:
-    """The options that differ from others, in words.
-
-    >>> _changed(SolveOptions(margin=2), SolveOptions())
-    'margin 2'
-    """
-    mine, theirs = asdict(options), asdict(other)
-    return ", ".join(f"{key.replace('_', ' ')} {_said(mine[key])}" for key in mine if mine[key] != theirs[key])
-
-
-def _said(value: object) -> str:
-    """An option's value in words."""
-    if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "nothing"
-    if value is None:
-        return "automatic"
-    return f"{value:g}" if isinstance(value, float) else str(value)

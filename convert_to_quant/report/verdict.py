@@ -273,7 +273,7 @@ def _two_inputs(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Lev
         for layer in layers
         if (one := layer.sides[0]) is not None and (other := layer.sides[1]) is not None
     ]
-    points += _moved("range", second, ranges)
+    points += _moved("range", first, second, ranges)
     if risky:
         points.append(MEASURED)
         points.append("To cover both, merge the statistics (convert_to_quant merge) and calibrate on the result.")
@@ -307,18 +307,18 @@ def _two_scales(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Lev
             headline += f"{first.label} and {second.label}."
             if _count_risky((*mine, *theirs)):
                 level = "bad"
-                headline = f"Layers at risk: {_share(mine)} in {first.label}, {_share(theirs)} in {second.label}."
-        points += _moved(noun, second, [(name, one.scale, other.scale) for name, one, other in pairs])
+                headline = f"Layers at risk: {_share(mine)} ({first.label}), {_share(theirs)} ({second.label})."
+        points += _moved(noun, first, second, [(name, one.scale, other.scale) for name, one, other in pairs])
         if precise:
             points.append(f"Full precision differs in {plural(len(precise), 'layer')} (first: {precise[0]}).")
         middles = _median_db(mine), _median_db(theirs)
         if None not in middles:
-            ratios = f"{middles[0]:.1f} dB in {first.label}, {middles[1]:.1f} dB in {second.label}"
+            ratios = f"{middles[0]:.1f} dB ({first.label}), {middles[1]:.1f} dB ({second.label})"
             points.append(f"{RATIO} at the {noun}: {ratios}.")
     return level, headline or f"{first.label} and {second.label} have the same scales and precision.", points
 
 
-def _moved(noun: str, second: Side, values: Sequence[tuple[str, float | None, float | None]]) -> list[str]:
+def _moved(noun: str, first: Side, second: Side, values: Sequence[tuple[str, float | None, float | None]]) -> list[str]:
     """How many values of the second side differ from the first side's by more than half an octave, and which way."""
     octaves = [(math.log2(theirs / mine), name) for name, mine, theirs in values if mine and theirs]
     if not octaves:
@@ -329,7 +329,8 @@ def _moved(noun: str, second: Side, values: Sequence[tuple[str, float | None, fl
         if entries:
             count += len(entries)
             most, name = max(entries)
-            parts.append(f"{len(entries):,} {word} in {second.label} (up to {factor(2**most)} times: {name})")
+            parts.append(f"{len(entries):,} {word} (up to {factor(2**most)} times: {name})")
     layers = plural(len(octaves), "layer")
-    said = f"The {noun} differs by more than half an octave (1.4 times) in {count or 'none'} of {layers}"
+    said = f"From {first.label} to {second.label}, the {noun} differs by more than half an octave (1.4 times) in "
+    said += f"{count or 'none'} of {layers}"
     return [f"{said}: {', '.join(parts)}." if parts else f"{said}."]

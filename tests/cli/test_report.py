@@ -131,7 +131,7 @@ def test_two_checkpoints_are_compared_with_and_without_statistics(ctq, stats, mo
     paths = model("one"), model("two", input_scale=16.0)
     assert "Scales differ in 2 of 2 layers between one and two." in ctq("report", *paths).out
     outcome = ctq("report", paths[0], stats(), paths[1])
-    assert "Layers at risk: 1 of 2 in one, 0 of 2 in two." in outcome.out
+    assert "Layers at risk: 1 of 2 (one), 0 of 2 (two)." in outcome.out
 
 
 def test_the_first_statistics_belong_to_the_first_checkpoint(ctq, stats, model):

@@ -328,8 +328,8 @@ def test_sides_match_by_name_without_prefix_and_may_lack_layers():
     ("sources", "labels"),
     [
         (lambda one, two: (Source(one, files=("x.safetensors",)), Source(two, files=("y.safetensors",))), ["x", "y"]),
-        (lambda one, _: (Source(one), Source(one, options=SolveOptions(margin=2))), ["margin automatic", "margin 2"]),
-        (lambda one, _: (Source(one, options=SolveOptions(keep=("a",))), Source(one)), ["keep a", "keep nothing"]),
+        (lambda one, _: (Source(one), Source(one, options=SolveOptions(margin=2))), ["defaults", "--margin 2"]),
+        (lambda one, _: (Source(one, options=SolveOptions(keep=("a",))), Source(one)), ["--keep a", "defaults"]),
         (lambda one, _: (Source(one), Source(one)), ["A", "B"]),
         (lambda one, two: (Source(one, label="mine"), Source(two, label="theirs")), ["mine", "theirs"]),
     ],

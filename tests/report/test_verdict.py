@@ -90,12 +90,15 @@ def test_noise_is_called_noise():
     ("factor", "moved"), [(1.4, None), (1.5, "larger"), (1 / 1.4, None), (1 / 1.5, "smaller"), (0, "")]
 )
 def test_a_range_differs_beyond_half_an_octave(factor, moved):
-    found = verdict(Source(observed({"a": NORMAL})), Source(observed({"a": factor * NORMAL}), label="B"))
+    found = verdict(*(Source(observed({"a": size * NORMAL}), label=label) for label, size in (("A", 1), ("B", factor))))
     if moved == "":  # no range to compare with
         assert not [point for point in found.points if "range" in point]
         return
-    words = f"in 1 of 1 layer: 1 {moved} in B (up to 1.50 times: a)." if moved else "in none of 1 layer."
-    assert said(found, "half an octave") == f"The range differs by more than half an octave (1.4 times) {words}"
+    words = f"in 1 of 1 layer: 1 {moved} (up to 1.50 times: a)." if moved else "in none of 1 layer."
+    assert (
+        said(found, "half an octave")
+        == f"From A to B, the range differs by more than half an octave (1.4 times) {words}"
+    )
 
 
 def test_scales_fit_the_other_inputs_or_a_way_out_is_named():
@@ -109,7 +112,7 @@ def test_scales_fit_the_other_inputs_or_a_way_out_is_named():
     assert (found.level, found.headline) == ("bad", headline)
     assert found.points[0].startswith("Clipping in 1 layer: inputs reach up to 8.0 times the largest FP8 value (a: ")
     assert said(found, "half an octave").endswith(
-        "in 2 of 3 layers: 1 larger in the LoRA (up to 8.0 times: a), 1 smaller in the LoRA (up to 8.0 times: b)."
+        "in 2 of 3 layers: 1 larger (up to 8.0 times: a), 1 smaller (up to 8.0 times: b)."
     )
     assert said(found, "merge").startswith("To cover both, merge the statistics")
 
@@ -123,9 +126,9 @@ def test_layers_of_one_side_only_are_counted():
 def test_two_ways_to_solve_are_compared_by_what_they_choose():
     statistics = observed({"a": NORMAL, "b": NORMAL})
     found = verdict(Source(statistics), Source(statistics, options=SolveOptions(margin=8, keep=("b",))))
-    headline = "New scales differ in 2 of 2 layers between margin automatic, keep nothing and margin 8, keep b."
+    headline = "New scales differ in 2 of 2 layers between defaults and --margin 8 --keep b."
     assert (found.level, found.headline) == ("good", headline)
-    assert "2 larger in margin 8, keep b (up to" in said(found, "half an octave")
+    assert "2 larger (up to" in said(found, "half an octave")
     same = verdict(Source(statistics), Source(statistics))
     assert (same.level, same.headline, same.points) == ("good", "A and B have the same scales and precision.", ())
 
@@ -139,10 +142,10 @@ def test_two_checkpoints_differ_in_scales_or_in_risk(model):
     one, two = model("one"), model("two", input_scale=8.0)
     found = verdict(Source(model=one), Source(model=two))
     assert (found.level, found.headline) == ("good", "Scales differ in 2 of 2 layers between one and two.")
-    assert "2 larger in two (up to 8.0 times: " in said(found, "octave")
+    assert "2 larger (up to 8.0 times: " in said(found, "octave")
     statistics = observed({"a": 1000 * NORMAL, "b": NORMAL})
     found = verdict(*(Source(statistics, model=path) for path in (one, two)))
-    assert (found.level, found.headline) == ("bad", "Layers at risk: 1 of 2 in one, 0 of 2 in two.")
+    assert (found.level, found.headline) == ("bad", "Layers at risk: 1 of 2 (one), 0 of 2 (two).")
 
 
 def test_a_checkpoint_in_full_precision_needs_no_scale_and_one_alone_is_not_judged(model):
