@@ -18,8 +18,9 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
@@ -38,18 +39,8 @@ from .. import __version__, names
 from ..formats import DEFAULT_GRID, FORMATS
 from ..kernels import SIGMA_BINS
 from ..telling import plural
-from .document import (
-    AXIS_LOW,
-    CELLS,
-    CELLS_PER_OCTAVE,
-    DENSITY_DECADES,
-    MIX_WORDS,
-    ZONES,
-    Figures,
-    Report,
-    State,
-    plain,
-)
+from . import document
+from .document import MIX_WORDS, ZONES, Figures, Report, State
 from .page import palette
 from .verdict import percent
 
@@ -139,7 +130,7 @@ def png(report: Report) -> bytes:
     made = {
         "version": __version__,
         "options": dict(report.options),
-        "sides": plain(report.sides),
+        "sides": document.plain(report.sides),
         "verdict": [report.verdict.headline, *report.verdict.points],
     }
     chunks = PngInfo()
@@ -198,57 +189,43 @@ def _write_head(page: Figure, texts: Iterable[tuple[str, Any]], color: str) -> N
 
 def _draw_layers(table: SubFigure, report: Report) -> None:
     """All columns of the rows: quality in each format, strips, noise levels; names to the left, outcomes right."""
-    panels = _panels(report)
+    panels, mixed, count = _panels(report), bool(report.mixes), len(report.layers)
     states = list(zip(*(panel.strips for panel in panels), strict=True))
-    mixed = bool(report.mixes)
-    scaled = any(strip is not None and strip[1].scale for strips in states for strip in strips) or not mixed
-    observed = any(one is not None and one.absmax for layer in report.layers for one in layer.sides) or not mixed
-    shown = [] if not scaled else [panels[int(report.sides[0].calibrates)]] if mixed else list(panels)
-    ratios = [4] * (mixed + len(shown)) + [1.6] * observed
-    axes = list(table.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0])
-    count = len(report.layers)
-    for ax in axes:
-        ax.set(xticks=[], yticks=[], ylim=(max(count, 1) - 0.5, -0.5))
-        ax.set_frame_on(False)
-        ax.xaxis.tick_top()
-    rest = iter(axes)
-    if mixed:
-        _draw_alone(next(rest), report)
-    strips = [strip for strips in states for strip in strips if strip is not None and strip[1].scale]
-    beyond = [math.log2(one.absmax) - state.log2_scale for one, state in strips if one.absmax]
-    for panel in shown:
-        ax = next(rest)
-        _title(ax, panel.title, panel.subtitle)
-        if beyond:
-            _draw_panel(ax, panel, min(max(math.ceil(max(beyond)) + 1, 12), 20))
-        else:
-            _draw_ranges(ax, panel)
-    if observed:
-        _draw_levels(next(rest), report)
-    if shown:
+    strips = [strip for pair in states for strip in pair if strip is not None and strip[1].scale]
+    beyond = [math.log2(figures.absmax) - state.log2_scale for figures, state in strips if figures.absmax]
+    columns: list[tuple[float, Callable[[Axes], None]]] = [(4, partial(_draw_alone, report=report))] if mixed else []
+    if strips or not mixed:
+        draw = partial(_draw_panel, high=min(max(math.ceil(max(beyond)) + 1, 12), 20)) if beyond else _draw_ranges
+        shown = [panels[int(report.sides[0].calibrates)]] if mixed else panels
+        columns += [(4, partial(draw, panel=panel)) for panel in shown]
         keys = {f"{zone}: {says}": PALETTE[zone] for zone, says in ZONES.items() if beyond}
         keys["full precision: not quantized"] = UNQUANTIZED
         handles = [Patch(color=color, label=text) for text, color in keys.items()]
         table.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+    if not mixed or any(one is not None and one.absmax for layer in report.layers for one in layer.sides):
+        columns.append((1.6, partial(_draw_levels, report=report)))
+    axes = table.subplots(1, len(columns), width_ratios=[width for width, _ in columns], squeeze=False)[0]
+    for ax, (_, fill) in zip(axes, columns, strict=True):
+        ax.set(xticks=[], yticks=[], ylim=(max(count, 1) - 0.5, -0.5))
+        ax.set_frame_on(False)
+        ax.xaxis.tick_top()
+        fill(ax)
 
     bare = names.strip_prefix(layer.name for layer in report.layers)[1]
     labels = [_end(bare.get(layer.name, layer.name), NAME_LETTERS) for layer in report.layers]
-    risky = [strip is not None and bool(strip[1].risk) for strip in panels[0].strips]
+    risky = [BAD if strip is not None and strip[1].risk else INK for strip in panels[0].strips]
     outcomes = [_outcome(first, second, mixed=mixed) for first, second in states]
-    size = min(SMALL, 50 * min(ROW_INCHES, max(LABEL_INCHES, LAYERS_INCHES / max(count, 1))))
-    step = math.ceil(LABEL_INCHES * count / LAYERS_INCHES) or 1
-    for ax, texts, colors in (
-        (axes[0], labels, [BAD if each else INK for each in risky]),
-        (axes[-1].twinx(), *(zip(*outcomes, strict=True) if outcomes else ([], []))),
-    ):
-        ax.set_ylim(axes[0].get_ylim())
-        ax.set_frame_on(False)
-        ax.set_yticks(range(0, count, step), map(drawable, texts[::step]), size=size)
+    right, step = axes[-1].twinx(), math.ceil(LABEL_INCHES * count / LAYERS_INCHES) or 1
+    right.set_ylim(axes[0].get_ylim())
+    right.set_frame_on(False)
+    size = min(SMALL, 50 * max(LABEL_INCHES, LAYERS_INCHES / max(count, 1)))
+    for ax, texts in ((axes[0], list(zip(labels, risky, strict=True))), (right, outcomes)):
+        ax.set_yticks(range(0, count, step), [drawable(text) for text, _ in texts[::step]], size=size)
         ax.tick_params(axis="y", length=0, pad=6)
-        for label, color in zip(ax.get_yticklabels(), colors[::step], strict=True):
+        for label, (_, color) in zip(ax.get_yticklabels(), texts[::step], strict=True):
             label.set_color(color)
-    axes[-1].annotate("Outcome", (1, 1), (6, 48), "axes fraction", textcoords="offset points",
-                      size=HEADING, weight="bold")  # fmt: skip
+    right.annotate("Outcome", (1, 1), (6, 48), "axes fraction", textcoords="offset points",
+                   size=HEADING, weight="bold")  # fmt: skip
 
 
 def _title(ax: Axes, title: str, subtitle: str = "") -> None:
@@ -326,6 +303,7 @@ def _draw_alone(ax: Axes, report: Report) -> None:
 
 def _draw_panel(ax: Axes, panel: Panel, high: float) -> None:
     """Every layer's inputs relative to its scale, in the zones of FP8."""
+    _title(ax, panel.title, panel.subtitle)
     low, edges = LOWEST_OCTAVE, (VANISHING, NORMAL, LARGEST)
     octaves = low + (np.arange(STRIP_PIXELS) + 0.5) / STRIP_PIXELS * (high - low)
     strips = [_strip(one, octaves) for one in panel.strips]
@@ -340,7 +318,8 @@ def _draw_panel(ax: Axes, panel: Panel, high: float) -> None:
 
 
 def _draw_ranges(ax: Axes, panel: Panel) -> None:
-    """What FP8 can hold at each scale, where no inputs were observed."""
+    """The range of FP8 at each scale, where no inputs were observed."""
+    _title(ax, panel.title, panel.subtitle)
     for row, strip in enumerate(panel.strips):
         if strip is not None and strip[1].scale:
             start, color = strip[1].log2_scale, PALETTE["apart" if strip[1].full_precision else "normal"]
@@ -373,11 +352,11 @@ def _strip(strip: Strip, octaves: Float) -> Float:
     state = strip[1]
     if state.full_precision:
         colors = np.broadcast_to(to_rgb(UNQUANTIZED), colors.shape)
-    position = (octaves + state.log2_scale - AXIS_LOW) * CELLS_PER_OCTAVE - 0.5
-    levels = np.interp(position, np.arange(CELLS), strip[0].density.astype(np.float64), left=0, right=0)
+    position = (octaves + state.log2_scale - document.AXIS_LOW) * document.CELLS_PER_OCTAVE - 0.5
+    levels = np.interp(position, np.arange(document.CELLS), strip[0].density.astype(np.float64), left=0, right=0)
     end = int(np.searchsorted(octaves, math.log2(strip[0].absmax) - state.log2_scale, side="right"))
     levels[end:] = 0  # the cell of the largest value reaches beyond it
-    shares = 10 ** ((levels - 1) * DENSITY_DECADES / 254 - DENSITY_DECADES)
+    shares = 10 ** ((levels - 1) * document.DENSITY_DECADES / 254 - document.DENSITY_DECADES)
     least = 0.14 if state.full_precision else np.where(octaves > LARGEST, 0.42, 0.05)  # clipped values must be visible
     opacity = (levels > 0) * (least + (1 - least) * np.minimum(1, (shares / FULL_SHARE) ** 0.4))
     mixed = under + (colors - under) * opacity[:, None]
@@ -387,11 +366,11 @@ def _strip(strip: Strip, octaves: Float) -> Float:
 
 def _draw_levels(ax: Axes, report: Report) -> None:
     """The range at each noise level, relative to the largest of the layer."""
-    seen = [next((one for one in layer.sides if one is not None and one.absmax), None) for layer in report.layers]
-    unknown = (None,) * SIGMA_BINS
-    ranges = np.array([unknown if one is None else one.sigma_absmax for one in seen], np.float64)  # None becomes NaN
-    largest = np.array([[one.absmax if one is not None else 1.0] for one in seen], np.float64).reshape(-1, 1)
-    octaves = np.log2(np.maximum(ranges.reshape(-1, SIGMA_BINS), 1e-30) / largest)
+    octaves = np.full((len(report.layers), SIGMA_BINS), np.nan)
+    for row, layer in enumerate(report.layers):
+        for one in filter(None, layer.sides[::-1]):
+            if one.absmax:
+                octaves[row] = np.log2(np.maximum(np.array(one.sigma_absmax, np.float64), 1e-30) / one.absmax)
     octaves = octaves[:, ~np.isnan(octaves).all(0)]  # a run of few steps has few levels
     _title(ax, "Noise levels", "" if octaves.size else "not recorded")
     if octaves.size:
