@@ -104,10 +104,9 @@ def _at(table: Float, choice: Choice) -> Float:
 
 
 def _least(worth_LK: Float, costs_CLK: Float, limits: Sequence[float]) -> Choice | None:
-    """The choice of the least total worth; each limit has its price, found inside that of the limit before.
+    """The choice of the least total worth; None if nothing fits.
 
-    Returns:
-        [L]; None if nothing fits.
+    Each limit has its price, found inside that of the limit before.
     """
     if not len(costs_CLK):
         first: Choice = worth_LK.argmin(1)

@@ -92,10 +92,9 @@ def free_scale(
 def _sizes(
     channel_absmax_I: NDArray[np.float32], column_energies_I: Float, row_histogram: NDArray[np.int64]
 ) -> tuple[Float, Float]:
-    """log2 of the standard deviations of a layer's values, and the weight of each in the error of a token's output.
+    """log2 of the standard deviations of a layer's values, and their weights in the error of a token's output.
 
-    Returns:
-        Both [bins]; the weights add up to 1.
+    Both are [bins]; the weights add up to 1.
     """
     used = (channel_absmax_I > 0) & (column_energies_I > 0)
     deviations = channel_absmax_I[used].astype(np.float64) / CREST

@@ -79,7 +79,6 @@ class LayerResult:
     """One solved layer.
 
     Attributes:
-        layer: its name.
         source: where the range comes from: "model" (observed), "layer" (simulated), "none".
         range: the largest |x| that the scale must represent, without the margin; None if nothing was observed.
         scale_before, scale_after: input scales; None where readers scale inputs dynamically.
@@ -364,7 +363,7 @@ def expected_errors(statistics: Statistics, scales: Float, grids: Sequence[Grid]
     Args:
         statistics: of L layers.
         scales: [L], ≥ 0; some files have scales of 0.
-        grids: of the codes of their inputs, L of them.
+        grids: one per layer.
     """
     count = np.maximum(statistics.count, 1).astype(np.float64)
     absmax = statistics.absmax.astype(np.float64)

@@ -56,13 +56,7 @@ Shape = tuple[int, int]
 
 @dataclass(frozen=True)
 class Column:
-    """One number, or one array, per layer.
-
-    Attributes:
-        dtype: of the array.
-        shape: after the layer axis.
-        merge: combines two of them.
-    """
+    """One number, or one array of a shape, per layer; `merge` combines two of them."""
 
     dtype: type[np.generic]
     shape: tuple[int, ...]
@@ -253,13 +247,9 @@ class Statistics:
         return single
 
     def quantiles(self, q: float) -> NDArray[np.float64]:
-        """The q-quantile of |x| of each layer, with values uniform within a bin.
+        """The q-quantile of |x| of each layer, [L], with values uniform within a bin; 0 where nothing was observed.
 
-        Args:
-            q: in [0, 1]; 1 gives absmax exactly.
-
-        Returns:
-            [L], at most absmax, off by at most one bin (1/16 of an octave); 0 where nothing was observed.
+        It is off by at most one bin (1/16 of an octave); q = 1 gives absmax exactly.
         """
         counts = self.histogram[:, :NONFINITE_BIN]
         cumulative = counts.cumsum(1)
@@ -281,7 +271,7 @@ class Statistics:
             thresholds: positive, [L] or one number.
 
         Returns:
-            [L], in [0, 1]; exact at bin edges, linear in between; 0 for layers without tokens.
+            [L]; exact at bin edges, linear in between; 0 for layers without tokens.
         """
         counts = self.row_histogram[:, :NONFINITE_BIN]
         under_edges = counts.cumsum(1) - counts[:, :1]  # of bins, but the first
@@ -291,12 +281,7 @@ class Statistics:
         return share
 
     def with_facts(self, samples: int | None = None, **facts: object) -> Statistics:
-        """A copy with further provenance.
-
-        Args:
-            samples: images that the model ran for; None keeps the number.
-            **facts: entries of `provenance`: one value, or a list, tuple or set of values, stored as texts.
-        """
+        """A copy with further entries of `provenance`: one value each, or several, stored as texts."""
         provenance = {**self.provenance, **{key: _texts(value) for key, value in facts.items()}}
         return self.replace(samples=self.samples if samples is None else samples, provenance=provenance)
 

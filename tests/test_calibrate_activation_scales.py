@@ -153,20 +153,6 @@ def test_calibrate_with_lora(save: Save, build: Any, calibrate: Calibrate, spell
     assert with_lora[LAYERS[1]] > 1.5 * plain[LAYERS[1]]
 
 
-def test_calibrate_with_lora_of_fused_qkv_slices(save: Save, build: Any, calibrate: Calibrate) -> None:
-    names = ("double_blocks.0.img_attn.qkv",)
-    tensors = fp8_tensors(build, names=names)
-    codes, scale = quantize(np.random.default_rng(1).standard_normal((3 * IN, IN)).astype(np.float32), (3 * IN, IN))
-    tensors |= {f"{names[0]}.weight": ("F8_E4M3", codes), f"{names[0]}.weight_scale": scale.reshape(())}
-    a = np.ones((1, IN), np.float32)
-    a[0, 3] = 100
-    key = "transformer.transformer_blocks.0.attn.to_k"
-    factors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": np.ones((IN, 1), np.float32)}
-    lora = save("lora.safetensors", factors)
-    model = save("m.safetensors", tensors)
-    assert calibrate(model, lora, names=names)[names[0]] > 1.5 * calibrate(model, names=names)[names[0]]
-
-
 @pytest.mark.parametrize("there", [True, False])
 def test_calibrate_legacy_keys(save: Save, build: Any, calibrate: Calibrate, there: bool) -> None:
     tensors: dict[str, Any] = {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}

@@ -134,8 +134,7 @@ class Figures:
     """The measurements of a layer on one side.
 
     Attributes:
-        before, after: as the file is, and solved.
-        format: the grid of its inputs' codes, a key of `formats.GRIDS`.
+        format: of the codes of its inputs, a key of `formats.GRIDS`.
         source: "model" if its inputs were observed, else "none".
         reason: why the solved scale or precision is what it is.
         cause: what moved it to full precision; see `solve.LayerResult`.
@@ -143,16 +142,13 @@ class Figures:
         inputs: how readers scale its inputs if not by an input scale; else "".
         stored: the format of its weight, a key of `formats.FORMATS`; its dtype if it is not quantized; "" without a
             checkpoint.
-        bits: per weight, scales included.
         more: its format in the best mix with half a bit more per weight; "" if unknown.
         conditioning_dependent: whether its range depends on the synthetic conditioning of a run on noise.
         rows, rows_per_sample, calls: as in `Statistics`.
-        multiply_adds: out × in × tokens.
         zeros: share of values that are 0.
         absmax, rms, median, p999: of |x|; None if nothing was observed.
         density, row_density: of |x| of values, and of the absmax of tokens; uint8 [CELLS], see the module's docstring.
         sigma_absmax, sigma_rms: per noise level, from noise to image; None where nothing was observed.
-        changed: whether the file would change for this layer.
     """
 
     before: State
@@ -200,10 +196,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the report.
+    """A layer of the report, by its name in the first side that has it.
 
     Attributes:
-        name: in the first side that has it.
         shape: (out, in).
         sides: its measurements; None for a side without it.
         crossed: the first side's new scale and precision on the second side's inputs; None if both sides have the
@@ -238,13 +233,10 @@ class Side:
     """The origin of a side.
 
     Attributes:
-        label: a short name for it.
         statistics: names of the statistics files.
-        model: name of the checkpoint.
-        family: what the checkpoint is.
+        model, family: name of the checkpoint, and what it is.
         samples: the number of observed images.
         engine, conditioning: how they were observed, if known.
-        provenance: of the statistics.
         options: how scales were chosen.
         notes: for the user, one sentence each.
         apply: the command that writes the new scales, with file names but no folders; "" if none changes.
@@ -273,12 +265,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict of a report.
+    """A headline and further sentences, the most important first.
 
-    Attributes:
-        level: "bad" if a layer is at risk, "warning" if something else needs attention, else "good".
-        headline: one sentence.
-        points: further sentences, the most important first.
+    `level` is "bad" if a layer is at risk, "warning" if something else needs attention, else "good".
     """
 
     level: Level
@@ -288,14 +277,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """All measurements, and the verdict.
+    """All measurements, and the verdict; `options` are how the report was requested.
 
-    Attributes:
-        title: the names of the sides.
-        sides: one, or two.
-        layers: in the natural order of their names: block 2 before block 10.
-        verdict: the conclusion.
-        options: how the report was requested.
+    Layers are in the natural order of their names: block 2 before block 10.
     """
 
     title: str
@@ -354,12 +338,8 @@ def encode_shares(shares: NDArray[np.float64]) -> Density:
 def plain(value: Any, digits: int | None = None) -> Any:
     """A value of a report as JSON values.
 
-    Args:
-        value: a dataclass, mapping, list, tuple, density or plain value.
-        digits: significant digits of floats, except scales (`SCALE_DIGITS`). None keeps floats as they are.
-
-    Returns:
-        Mappings, lists, strings, numbers and None. Floats that are not finite become None.
+    Floats have so many significant digits, scales `SCALE_DIGITS`; None keeps floats as they are. With digits, floats
+    that are not finite become None.
 
     >>> plain({"scale": 1 / 3, "pair": (2 / 3, math.inf)}, digits=4)
     {'scale': 0.333333333, 'pair': [0.6667, None]}

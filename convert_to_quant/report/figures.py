@@ -114,17 +114,7 @@ class _Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Solved:
-    """One side, solved.
-
-    Attributes:
-        source: what it is made from.
-        rows: one per layer, by name without prefix, in file order.
-        statistics: of those of them that were observed.
-        inspection: of the checkpoint.
-        notes: for the user.
-        mix: see `document.Side.mix`.
-        tried: the results of the mix by layer, by name without prefix.
-    """
+    """One side, solved; `rows` and `tried`, the results of a mix, are by layer name without prefix."""
 
     source: Source
     rows: Mapping[str, _Row]

@@ -7,8 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from observing import LOUD_TOKEN, NORMAL, observed
 
 from convert_to_quant.errors import CalibrationError, StatisticsError, TensorError
@@ -87,14 +85,6 @@ def test_an_octave_of_cells_holds_the_share_of_the_values_in_it():
         counted = ((size >= 2.0**octave) & (size < 2.0 ** (octave + 1))).mean()
         assert shares[first : first + CELLS_PER_OCTAVE].sum() == pytest.approx(counted, abs=1e-12)
     assert shares.sum() == pytest.approx((size > 0).mean())
-
-
-@given(st.integers(-30, 22), st.integers(0, 3))
-def test_a_value_lies_in_the_cell_of_its_logarithm(octave, quarter):
-    value = np.float32(2.0 ** (octave + (quarter + 0.5) / 4))
-    histogram = np.zeros((1, 4096), np.int64)
-    histogram[0, int(value.view(np.uint32)) >> 19] = 7
-    assert int(cell_shares(histogram)[0].argmax()) == (octave - AXIS_LOW) * CELLS_PER_OCTAVE + quarter
 
 
 def test_what_lies_beyond_the_axis_is_in_its_last_cells():

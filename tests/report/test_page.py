@@ -507,13 +507,6 @@ def test_strips_lie_where_their_values_lie_on_the_axis(show):
     assert ends() == pytest.approx([np.log2(448)] * 2, abs=0.3)
 
 
-def test_strips_slide_to_the_new_scale_where_motion_is_welcome(show):
-    tab = show(report(SMALL), reduced_motion="no-preference")
-    tab.locator("#views [data-key=after]").click()
-    tab.locator("#picture-plot .state", has_text="full precision").wait_for()
-    assert said(tab) == "#view=after"
-
-
 def test_colours_follow_the_system_and_the_switch(show):
     ground = "getComputedStyle(document.documentElement).backgroundColor"
     tab = show(report(SMALL), color_scheme="dark")
@@ -636,13 +629,6 @@ const [inner, outer] = [range.getBoundingClientRect(), node.getBoundingClientRec
 return inner.left >= outer.left && inner.right <= outer.right + 1 }"""
     assert front.evaluate(number)
     assert front.inner_text() == "transformer_double_blocks.17"
-
-
-def test_the_heading_over_the_names_is_as_wide_as_they_are_on_a_phone(show):
-    name = "transformer.double_stream_blocks.17.image_attention.projection"
-    tab = show(report([layer(name, figures(1.0))]), width=360)
-    head, body = (tab.locator(f"#figures {part} tr > :first-child").bounding_box() for part in ("thead", "tbody"))
-    assert head["width"] == pytest.approx(body["width"], abs=1)
 
 
 @pytest.mark.parametrize("document", [report(SMALL), compared(), mixed()])
