@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from ..choose import keeps
@@ -38,6 +38,7 @@ CAUSES = {
 
 MEASURED = "These risks concern the inputs of layers. convert_to_quant check measures the effect on images."
 RATIO = "Median SQNR of layer inputs"
+SOME_TOKENS = "Some tokens lost"
 
 
 class Case(NamedTuple):
@@ -104,7 +105,7 @@ def _one(side: Side, layers: Sequence[Layer]) -> Verdict:
     scaled = [case for case in before if not case.state.full_precision and not case.figures.unused]
     unseen = [case.name for case in scaled if not case.figures.seen]
     risky, remaining = _count_risky(scaled), _count_risky(after)
-    lost = _lost_tokens(scaled)
+    findings = _findings(scaled)
     where = "at the current scales" if side.model is not None else "at a scale of 1.0"
     level: Level = "good"
     mixed = _mixed(side, layers)
@@ -119,9 +120,9 @@ def _one(side: Side, layers: Sequence[Layer]) -> Verdict:
         level, then = "bad", f"{remaining:,}" if remaining else "none"
         headline = f"{risky:,} of {plural(len(scaled), 'FP8 layer')} at risk {where}, {then} after calibration."
     else:
-        level = "warning" if unseen or remaining or lost else "good"
+        level = "warning" if unseen or remaining or SOME_TOKENS in findings else "good"
         headline = f"None of {plural(len(scaled), 'FP8 layer')} at risk {where}."
-    points = [*mixed, *_mix_points(side, layers), *_risks(scaled), *lost, *_mild(scaled)]
+    points = [*mixed, *_mix_points(side, layers), *findings.values()]
     ratios = _median_db(scaled), _median_db(case._replace(state=case.figures.after) for case in scaled)
     if None not in ratios:
         points.append(f"{RATIO}: {ratios[0]:.1f} dB {where}, {ratios[1]:.1f} dB after calibration.")
@@ -185,70 +186,61 @@ def _mix_points(side: Side, layers: Sequence[Layer]) -> list[str]:
     return points
 
 
-class Words(NamedTuple):
-    """A risk in a sentence: what happens, which layer has most of it, and how that is described."""
+class Finding(NamedTuple):
+    """Something to report of layers: what it is, how much of it a layer has (None: none), and the worst case."""
 
     what: str
-    badness: Callable[[Case], float]
+    size: Callable[[Case], float | None]
     detail: Callable[[Case], str]
 
 
-WORDS: Mapping[Risk, Words] = {
-    "no scale": Words("No usable scale", lambda _: 0,
-                      lambda case: f"inputs become infinite or NaN, or ComfyUI fails (first: {case.name})"),
-    "clips": Words("Clipping", lambda case: case.overshoot,
-                   lambda case: f"inputs reach up to {factor(case.overshoot)} times the largest FP8 value "
-                                f"({case.name}: {percent(case.state.clipped)} of values clipped, "
-                                f"SQNR {case.state.sqnr_db or 0:.0f} dB)"),
-    "vanishes": Words("Most values rounded to 0", lambda case: case.state.vanished or 0,
-                      lambda case: f"up to {percent(case.state.vanished)} of a layer's values ({case.name})"),
-    "tokens lost": Words("Most tokens lost", lambda case: case.state.rows_lost or 0,
-                         lambda case: f"up to {percent(case.state.rows_lost)} lie below 1/16 of the scale, where FP8 "
-                                      f"has few codes ({case.name})"),
-    "coarse": Words("Coarse steps", lambda case: -(case.state.sqnr_db or 0),
-                    lambda case: "inputs lie among the smallest steps of FP8, SQNR down to "
-                                 f"{case.state.sqnr_db or 0:.0f} dB ({case.name})"),
-}  # fmt: skip
-"""The words for each risk, the worst first."""
+def _of_risk(risk: Risk, size: Callable[[Case], float | None]) -> Callable[[Case], float | None]:
+    return lambda case: (size(case) or 0.0) if case.state.risk == risk else None
 
 
-def _risks(cases: Sequence[Case]) -> list[str]:
-    """One sentence for each risk that occurs, with the layer that has most of it."""
-    sentences = []
-    for risk, words in WORDS.items():
-        found = [case for case in cases if case.state.risk == risk]
+def _harmless(loss: str, least: float) -> Callable[[Case], float | None]:
+    """Layers that lose more than a share of something, without a risk."""
+
+    def size(case: Case) -> float | None:
+        share: float = getattr(case.state, loss) or 0.0
+        return share if share > least and not case.state.risk and not case.state.full_precision else None
+
+    return size
+
+
+FEW_CODES = "lie below 1/16 of the scale, where FP8 has few codes"
+FINDINGS = (
+    Finding("No usable scale", _of_risk("no scale", lambda _: 0),
+            lambda case: f"inputs become infinite or NaN, or ComfyUI fails (first: {case.name})."),
+    Finding("Clipping", _of_risk("clips", lambda case: case.overshoot),
+            lambda case: f"inputs reach up to {factor(case.overshoot)} times the largest FP8 value ({case.name}: "
+                         f"{percent(case.state.clipped)} of values clipped, SQNR {case.state.sqnr_db or 0:.0f} dB)."),
+    Finding("Most values rounded to 0", _of_risk("vanishes", lambda case: case.state.vanished),
+            lambda case: f"up to {percent(case.state.vanished)} of a layer's values ({case.name})."),
+    Finding("Most tokens lost", _of_risk("tokens lost", lambda case: case.state.rows_lost),
+            lambda case: f"up to {percent(case.state.rows_lost)} {FEW_CODES} ({case.name})."),
+    Finding("Coarse steps", _of_risk("coarse", lambda case: -(case.state.sqnr_db or 0)),
+            lambda case: "inputs lie among the smallest steps of FP8, SQNR down to "
+                         f"{case.state.sqnr_db or 0:.0f} dB ({case.name})."),
+    Finding(SOME_TOKENS, _harmless("rows_lost", LOST_TOKENS),
+            lambda case: f"up to {percent(case.state.rows_lost)} {FEW_CODES} ({case.name}). "
+                         "Whether the image needs them is unknown."),
+    Finding("Harmless clipping", _harmless("clipped", 0),
+            lambda case: f"up to {percent(case.state.clipped)} of values, {factor(case.overshoot)} times "
+                         f"the largest FP8 value ({case.name})."),
+)  # fmt: skip
+"""What is reported of a layer's inputs, the worst first."""
+
+
+def _findings(cases: Sequence[Case]) -> dict[str, str]:
+    """A sentence for each finding that occurs, with the worst layer, by what it is."""
+    sentences = {}
+    for what, size, detail in FINDINGS:
+        found = [(case, value) for case in cases if (value := size(case)) is not None]
         if found:
-            detail = words.detail(max(found, key=words.badness))
-            sentences.append(f"{words.what} in {plural(len(found), 'layer')}: {detail}.")
+            worst, _ = max(found, key=lambda entry: entry[1])
+            sentences[what] = f"{what} in {plural(len(found), 'layer')}: {detail(worst)}"
     return sentences
-
-
-def _harmless(cases: Sequence[Case], loss: str, least: float) -> list[tuple[str, Case]]:
-    """The number of layers that lose more than a share of something without a risk, and the worst; or nothing."""
-    found = [
-        case
-        for case in cases
-        if not case.state.risk and not case.state.full_precision and (getattr(case.state, loss) or 0) > least
-    ]
-    return [(plural(len(found), "layer"), max(found, key=lambda case: getattr(case.state, loss)))] if found else []
-
-
-def _lost_tokens(cases: Sequence[Case]) -> list[str]:
-    """Layers that lose some tokens, which matters only if the image needs them."""
-    return [
-        f"Some tokens lost in {layers}: up to {percent(case.state.rows_lost)} lie below 1/16 of the scale, where FP8 "
-        f"has few codes ({case.name}). Whether the image needs them is unknown."
-        for layers, case in _harmless(cases, "rows_lost", LOST_TOKENS)
-    ]
-
-
-def _mild(cases: Sequence[Case]) -> list[str]:
-    """Layers that clip at no cost."""
-    return [
-        f"Harmless clipping in {layers}: up to {percent(case.state.clipped)} of values, {factor(case.overshoot)} times "
-        f"the largest FP8 value ({case.name})."
-        for layers, case in _harmless(cases, "clipped", 0)
-    ]
 
 
 def _median_db(cases: Iterable[Case]) -> float | None:
@@ -267,7 +259,7 @@ def _two_inputs(first: Side, second: Side, layers: Sequence[Layer]) -> tuple[Lev
     headline += "at risk."
     if not crossed:
         headline = f"No layer was observed in both {first.label} and {second.label}."
-    points = [*_risks(crossed), *_lost_tokens(crossed), *_mild(crossed)]
+    points = list(_findings(crossed).values())
     ranges = [
         (layer.name, one.absmax, other.absmax)
         for layer in layers

@@ -256,4 +256,3 @@ function fill(parent, made, first, last, make) {
     }
   }
 }
-const still = () => matchMedia("(prefers-reduced-motion: reduce)").matches;

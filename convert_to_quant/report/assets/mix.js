@@ -29,24 +29,10 @@ const sized = (bits) => {
   const megabytes = ((mixes[0].weights * bits) / 8 + (mixes[0].other_bytes || 0)) / 1e6;
   return megabytes < 1000 ? `${+megabytes.toPrecision(3)} MB` : `${+(megabytes / 1000).toPrecision(3)} GB`;
 };
-/** A free place for each label beside its point; labels of points on the curve go below it. */
-function besides(labelled, all, place, [least, most]) {
-  const taken = all.map((point) => [place(point), [9, 9]]),
-    beside = (x, u, widths) => Math.abs(x - u) * 2 >= widths,
-    apart = ([[x, y], [w, h]]) => taken.every(([[u, v], [a, b]]) => beside(x, u, w + a) || beside(y, v, h + b));
-  return labelled.map((point) => {
-    const [x, y] = place(point),
-      width = pen.measureText(point[2]).width + 4;
-    const inside = ([x]) => x - width / 2 >= least && x + width / 2 <= most;
-    const far = 10 + width / 2,
-      spots = { right: [x + far, y], left: [x - far, y], top: [x, y - 14], bottom: [x, y + 14] };
-    const onCurve = points.chosen.includes(point),
-      order = onCurve ? ["bottom", "right", "left", "top"] : ["right", "left", "top", "bottom"];
-    const free = (side) => inside(spots[side]) && apart([spots[side], [width, 14]]),
-      found = order.find(free) || order[0];
-    taken.push([spots[found], [width, 14]]);
-    return found;
-  });
+/** Labels of the curve go below it; others to the right, or above if another point is close there. */
+function positionOf(key, [x, y]) {
+  const crowded = points.uniform.some(([u, v]) => u > x && u < x + 1 && Math.abs(v - y) < 3);
+  return key === "chosen" ? "bottom" : crowded ? "top" : "right";
 }
 
 class MixChart {
@@ -64,8 +50,7 @@ class MixChart {
   }
 
   layout() {
-    const width = this.box.clientWidth,
-      height = this.box.clientHeight;
+    const width = this.box.clientWidth;
     if (!width) return;
     const narrow = width < 640,
       all = marked.flatMap((key) => points[key]);
@@ -77,14 +62,6 @@ class MixChart {
     const [left, right] = ends(0, 1, 0.5), // room for labels beside the first point
       [low, high] = ends(1, 10, 0);
     const grid = { left: 46, right: 16, top: mixes[0].weights ? 48 : 16, bottom: 46 };
-    const place = ([x, y]) => [
-      grid.left + ((x - left) / (right - left)) * (width - grid.left - grid.right),
-      height - grid.bottom - ((y - low) / (high - low)) * (height - grid.top - grid.bottom),
-    ];
-    pen.font = `12px ${theme("sans")}`;
-    const labelled = [...points.chosen, ...points.uniform],
-      spots = besides(labelled, all, place, [grid.left, width]);
-    const spotOf = (point) => spots[labelled.indexOf(point)];
     const soft = { color: theme("soft"), fontFamily: theme("sans"), fontSize: 12 };
     const axisLine = { show: true, lineStyle: { color: theme("strong") } };
     const bare = { axisTick: { show: false }, splitLine: { show: false } };
@@ -95,7 +72,7 @@ class MixChart {
         color = theme(ink);
       return {
         ...mark,
-        data: points[key].map((value) => ({ value, label: { position: spotOf(value) } })),
+        data: points[key].map((value) => ({ value, label: { position: positionOf(key, value) } })),
         itemStyle: key === "more" ? { color: theme("paper"), borderColor: color, borderWidth: 2 } : { color },
         lineStyle: { color, width: 2 },
         label: {
@@ -108,7 +85,7 @@ class MixChart {
       };
     });
     this.chart.clear();
-    this.chart.resize({ width, height });
+    this.chart.resize({ width, height: this.box.clientHeight });
     this.chart.setOption({
       animation: false,
       textStyle: soft,

@@ -186,9 +186,8 @@ function choose() {
 
 function segments(id, list, key, change) {
   const choose = (chosen) => {
-    const from = state[key];
     state[key] = chosen;
-    change(from);
+    change();
     mark();
     write();
   };
@@ -266,14 +265,12 @@ if (mixes.length) {
 const table = new Table(get("figures-table"), sortBy);
 
 marks = [
-  segments("views", VIEWS, "view", (from) =>
-    slide(plots[0], from, () => {
-      const top = plots[0].box.scrollTop;
-      plots[0].layout();
-      plots[0].box.scrollTop = top;
-      plots[0].draw();
-    }),
-  ),
+  segments("views", VIEWS, "view", () => {
+    const top = plots[0].box.scrollTop;
+    plots[0].layout();
+    plots[0].box.scrollTop = top;
+    plots[0].draw();
+  }),
   segments("layouts", LAYOUTS, "layout", () => plots[0].layout()),
   segments("heats", HEATS, "heat", () => plots[1].layout()),
 ];

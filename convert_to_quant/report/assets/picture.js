@@ -124,7 +124,7 @@ const painted = new Map();
 function strips(figure, shift, ...rest) {
   const key = [figure.number, shift, ...rest].join();
   if (!painted.has(key)) {
-    if (painted.size > 600 || moved) painted.clear();
+    if (painted.size > 600) painted.clear();
     painted.set(key, pixels(figure.levels, shift, ...rest));
   }
   return painted.get(key);
@@ -161,8 +161,6 @@ function pixels(levels, shift, low, high, width, plain, peak) {
   return canvas;
 }
 
-let moved = null; // while strips slide from one scale to another: {from, part}
-const shiftOf = (at) => Math.log2(unitOf(at) || 1);
 
 /** Shapes as ECharts' custom series takes them. */
 const lineOf = (x1, y1, x2, y2, style) => ({ type: "line", shape: { x1, y1, x2, y2 }, style, silent: true });
@@ -205,9 +203,8 @@ function drawLayer(plot, layer, shown, low, high, api, params) {
 
 /** A strip, and a mark at the largest input, or an arrow if that lies beyond the axis. */
 function drawStrip(figure, at, { left, width, y, height }, low, high, place) {
-  let shift = shiftOf(at);
-  if (moved) shift = shift * moved.part + shiftOf(figure[moved.from]) * (1 - moved.part);
   const { real } = view(),
+    shift = Math.log2(unitOf(at) || 1),
     plain = real || Boolean(at && (at.full_precision || figure.unused));
   const dots = Math.round(width * Math.min(devicePixelRatio || 1, 2));
   const largest = Math.log2(figure.absmax) - shift,
@@ -341,21 +338,6 @@ const picture = {
   },
   move: (plot, first, last) => rowsOf(plot, panels(plot).length, span()[0], first, last),
 };
-
-/** Lets strips slide from one scale to the other, as calibration moves them. */
-function slide(plot, from, done) {
-  const movable = ["before", "after"];
-  if (still() || !movable.includes(from) || !movable.includes(state.view) || from === state.view) return done();
-  const start = performance.now();
-  const step = (now) => {
-    const part = Math.min((now - start) / 550, 1);
-    moved = part < 1 ? { from, part: 1 - (1 - part) ** 3 } : null;
-    plot.draw();
-    if (part < 1) requestAnimationFrame(step);
-    else done();
-  };
-  requestAnimationFrame(step);
-}
 
 function pictureLegend() {
   const largest = keyed("peak", "the ", term("largest", "largest input"));
