@@ -563,7 +563,7 @@ def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path
     assert ActivationReport().draw(**given)["result"][1].startswith("None of 1 FP8 layer ")
 
     given["checkpoint"] = "diffusion_models/int8.safetensors"
-    with pytest.raises(NoStaticScaleError, match="readers of its INT8 layers scale inputs as they come"):
+    with pytest.raises(NoStaticScaleError, match="readers of its INT8 layers scale inputs dynamically"):
         CalibrateFP8Checkpoint().calibrate(**given)
     text = ActivationReport().draw(**given)["result"][1]
     assert text.startswith("No layer quantizes its inputs by an input scale")
