@@ -566,4 +566,4 @@ def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path
     with pytest.raises(NoStaticScaleError, match="readers of its INT8 layers scale inputs dynamically"):
         CalibrateFP8Checkpoint().calibrate(**given)
     text = ActivationReport().draw(**given)["result"][1]
-    assert text.startswith("No layer quantizes its inputs by an input scale")
+    assert text.startswith("No layer uses an input scale")
