@@ -26,7 +26,7 @@ from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 from convert_to_quant.trials import decibels
 
 SHOWN = RunOptions(samples=12, steps=2, height=32, width=32, text_tokens=4)
-CARD = "rtx50"
+GPU = "rtx50"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, build: Any, flux_tensor
 @pytest.fixture(scope="module")
 def first(checkpoint: Checkpoint) -> Best:
     """A choice for which the model was run."""
-    return plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), SHOWN)
+    return plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=GPU), SHOWN)
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def choose(checkpoint: Checkpoint, first: Best) -> Callable[..., Best]:
     """choose(bits=6): another choice, from what was measured then."""
 
     def choose(exclude: tuple[str, ...] = (), **options: Any) -> Best:
-        asked = BestOptions(**{"gpu": CARD, **options})
+        asked = BestOptions(**{"gpu": GPU, **options})
         return plan_best(checkpoint, ConvertOptions(exclude=exclude), asked, measured=(first.statistics, first.trials))
 
     return choose
@@ -133,8 +133,8 @@ def test_what_is_measured_and_estimated_is_near_what_layers_in_formats_keep_all_
         assert abs(expected_db - alike) < 4, name
 
 
-def test_formats_are_those_of_the_card_or_asked_for(choose: Any) -> None:
-    for gpu in ("any", CARD):
+def test_formats_are_those_of_the_gpu_or_requested(choose: Any) -> None:
+    for gpu in ("any", GPU):
         chosen = set(choose(gpu=gpu, bits=10.0).counts()) - {""}
         assert all(gpu in FORMATS[name].native for name in chosen)
     assert set(choose(only="nvfp4", bits=9.0).counts()) == {"nvfp4", ""}
@@ -184,7 +184,7 @@ def test_a_mix_is_as_fast_as_asked_for_and_no_larger(checkpoint: Checkpoint, on_
         plan_best(checkpoint, ConvertOptions(), BestOptions(gpu="l40s", speed=2.1), measured=measured)
 
 
-def test_the_speed_of_a_card_that_was_not_measured_is_not_assumed(choose: Any) -> None:
+def test_the_speed_of_a_gpu_without_measurements_is_not_assumed(choose: Any) -> None:
     with pytest.raises(OptionError, match=r"there are none for GeForce RTX 40 \(Ada\).*known: h100 \(measured\), l40s"):
         choose(gpu="rtx40", speed=1.2)
     with pytest.raises(OptionError, match="computes none of int8 natively at a known speed"):
@@ -200,7 +200,7 @@ def test_products_cost_what_was_measured_at_the_nearest_shape() -> None:
 def test_fp8_layers_have_the_input_scales_that_were_measured(
     checkpoint: Checkpoint, choose: Any, tmp_path: Path
 ) -> None:
-    best = plan_best(checkpoint, ConvertOptions(), BestOptions(only="fp8", gpu=CARD, bits=8.1), SHOWN)
+    best = plan_best(checkpoint, ConvertOptions(), BestOptions(only="fp8", gpu=GPU, bits=8.1), SHOWN)
     with open_checkpoint(written(checkpoint, best, tmp_path)) as file:
         found = {
             name: (input_scale(file, layer), layer.full_precision)
@@ -246,7 +246,7 @@ def test_trials_of_other_layers_or_formats_are_refused(
         load_measured(tmp_path / "stats.safetensors")
     few = first.statistics, replace(first.trials, layers=("a", *first.trials.layers[1:]))
     with pytest.raises(StatisticsError, match=rf"{first.trials.layers[0]} was not tried in fp8, int8"):
-        plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), measured=few)
+        plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=GPU), measured=few)
     with pytest.raises(StatisticsError, match=r"was not tried in fp8 .*run the trials again"):
         choose(only="fp8", bits=9.0)
 
@@ -258,7 +258,7 @@ def test_a_model_that_is_quantized_already_is_refused(checkpoint: Checkpoint, tm
         plan_best(other, ConvertOptions(), BestOptions())
 
 
-def test_libraries_that_do_not_go_together_are_told(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incompatible_libraries_are_reported(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     def supports(*_: Any) -> None:
         raise ImportError("no AutoImageProcessor\nin this version")
 

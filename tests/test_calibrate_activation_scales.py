@@ -143,7 +143,7 @@ SPELLINGS = {
 def test_calibrate_with_lora(save: Save, build: Any, calibrate: Calibrate, spelling: str) -> None:
     model = save("m.safetensors", fp8_tensors(build))
     a = np.random.default_rng(5).standard_normal((4, IN)).astype(np.float32)
-    a[:, 7] *= 30  # the adapter listens to one loud channel
+    a[:, 7] *= 30  # the adapter reads one outlier channel
     name, down, up = SPELLINGS[spelling]
     factors = {name + down: a, name + up: np.ones((OUT, 4), np.float32)}
     lora = save("lora.safetensors", {**factors, name + ".alpha": np.float32(4)})
@@ -201,7 +201,7 @@ def test_calibrate_empty_tensors(save: Save, build: Any) -> None:
 
 
 @pytest.mark.parametrize("old", [None, ("BF16", np.uint16([0x3F80])), ("F16", np.uint16([0x3C00]))])
-def test_input_scales_that_are_missing_or_of_other_dtypes_and_shapes_are_mended(
+def test_input_scales_that_are_missing_or_of_other_dtypes_and_shapes_are_replaced(
     save: Save, build: Any, calibrate: Calibrate, old: Any
 ) -> None:
     tensors = fp8_tensors(build) | {f"{LAYERS[0]}.input_scale": old}
@@ -213,9 +213,9 @@ def test_input_scales_that_are_missing_or_of_other_dtypes_and_shapes_are_mended(
 
 
 def test_margin_multiplies_and_float16_safe_raises(save: Save, build: Any) -> None:
-    loud = fp8_tensors(build)
-    loud[f"{LAYERS[0]}.weight_scale"] = np.float32(1e6)
-    path = save("loud.safetensors", loud)
+    large = fp8_tensors(build)
+    large[f"{LAYERS[0]}.weight_scale"] = np.float32(1e6)
+    path = save("large.safetensors", large)
     default, wide, safe = (
         calibrate_model(path, CalibrationOptions(engine="layer", **words)).scales  # type: ignore[arg-type]
         for words in ({}, {"margin": 16}, {"float16_safe": True})

@@ -43,7 +43,7 @@ def found_scale(x_RI, weight_OI, grid=E4M3FN):
 
 EVEN = np.ones(CHANNELS)
 HALF_QUIET = np.where(np.arange(CHANNELS) < CHANNELS // 2, 1.0, 2.0**-13)
-LOUD_ROW = np.where(np.arange(ROWS) == 7, 2.0**13, 1.0)
+OUTLIER_ROW = np.where(np.arange(ROWS) == 7, 2.0**13, 1.0)
 
 
 @pytest.mark.parametrize("grid", [E4M3FN, E5M2], ids=lambda grid: grid.name)
@@ -61,10 +61,10 @@ def test_the_error_of_normal_numbers_is_that_of_torchs_cast(grid, deviation_log2
         (EVEN, 1.0, EVEN),
         (HALF_QUIET, 1.0, EVEN),  # quiet channels that weigh nothing
         (HALF_QUIET, 1.0, 1 / HALF_QUIET),  # and as much as the others
-        (EVEN, LOUD_ROW, EVEN),  # one loud row above all others
+        (EVEN, OUTLIER_ROW, EVEN),  # one outlier token
         (HALF_QUIET * 1e-6, 1.0, 1 / HALF_QUIET),
     ],
-    ids=["even", "quiet channels, even weights", "quiet channels, large weights", "loud row", "small"],
+    ids=["even", "quiet channels, even weights", "quiet channels, large weights", "outlier token", "small"],
 )
 def test_what_is_called_free_costs_no_more_than_it_may(channel_sizes, row_sizes, weight_sizes):
     x_RI = inputs(channel_sizes, row_sizes)
@@ -82,10 +82,10 @@ def test_what_is_called_free_costs_no_more_than_it_may(channel_sizes, row_sizes,
     [
         (inputs(EVEN * 1000), EVEN, 0.99 * MOST, 1.01 * MOST),
         (inputs(HALF_QUIET), 1 / HALF_QUIET, 1, LEAST),
-        (inputs(EVEN, LOUD_ROW), EVEN, 1, LEAST),
+        (inputs(EVEN, OUTLIER_ROW), EVEN, 1, LEAST),
         (inputs(EVEN), 0 * EVEN, 1, np.inf),
     ],
-    ids=["even channels leave all there is", "quiet channels, large weights", "one loud row", "a weight of zeros"],
+    ids=["even channels leave all there is", "quiet channels, large weights", "one outlier token", "a weight of zeros"],
 )
 def test_headroom_is_what_quiet_channels_and_rows_leave(x_RI, weight_I, least, most):
     scale = found_scale(x_RI, np.ones((OUTPUTS, CHANNELS)) * weight_I)

@@ -155,7 +155,7 @@ def test_a_layer_seen_only_as_zeros_keeps_its_scale_and_precision(method: Any) -
     json.dumps(asdict(result), allow_nan=False)
 
 
-def test_a_present_scale_of_zero_is_mended_and_reported_without_figures() -> None:
+def test_a_current_scale_of_zero_is_replaced_and_reported_without_costs() -> None:
     result = solve_one([[2.0]], Present(0.0, False, SHAPE))
     assert result.scale_after == float(np.float32(2 / 448))
     assert (result.sqnr_before_db, result.clipped_before, result.vanished_before) == (None, None, None)
@@ -196,7 +196,7 @@ def test_final_scale_is_float32_positive_and_refuses_what_is_not_finite() -> Non
 
 def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision() -> None:
     rows = np.ones((100, 8))
-    rows[0] = 66000.0  # one loud token: s = 147, so a row of ones lies far under 2^-4 s
+    rows[0] = 66000.0  # one outlier token: s = 147, so a row of ones lies far under 2^-4 s
     result = solve_one(rows)
     assert (result.full_precision_after, result.cause) == (True, "rows lost")
     assert result.reason == "full precision: 99.0% of its tokens would be lost"
@@ -208,7 +208,7 @@ def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision() -> 
     assert solve_one(rows, row_loss_limit=0.2499).full_precision_after
 
 
-def test_one_row_layers_compute_in_full_precision_unless_told_otherwise() -> None:
+def test_one_token_layers_compute_in_full_precision_by_default() -> None:
     result = solve_one([[1.0, 2.0]], rows_per_sample=1)
     assert (result.full_precision_after, result.cause) == (True, "one row")
     assert result.reason == "full precision: one token per image, which costs nothing"
@@ -262,10 +262,10 @@ def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones() -> None:
 
 def test_the_budget_goes_to_lost_rows_first_although_the_whole_tensor_looks_fine() -> None:
     ordinary = np.random.default_rng(11).standard_normal((100, 32))
-    loud = ordinary.copy()
-    loud[0, 0] = 66000.0
-    rows = {"blocks.0.loud": loud, "blocks.1.a": ordinary, "blocks.1.b": ordinary}
-    assert bought_first(rows, 0.34) == {"blocks.0.loud"}
+    outlier = ordinary.copy()
+    outlier[0, 0] = 66000.0
+    rows = {"blocks.0.outlier": outlier, "blocks.1.a": ordinary, "blocks.1.b": ordinary}
+    assert bought_first(rows, 0.34) == {"blocks.0.outlier"}
 
 
 def test_of_equal_errors_the_budget_goes_to_late_blocks_and_to_small_layers() -> None:

@@ -11,7 +11,7 @@ from convert_to_quant.recorder import Recording
 
 OUT = 16
 NORMAL = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
-LOUD_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32), 400.0, np.float32)])
+OUTLIER_TOKEN = np.concatenate([np.full((99, 32), 0.01, np.float32), np.full((1, 32), 400.0, np.float32)])
 
 
 def observed(inputs, samples=1):

@@ -1,4 +1,4 @@
-"""The document: bytes that stand for shares, the bound that risks rest on, and JSON that says everything."""
+"""The document: shares as bytes, the bound behind risks, and complete JSON."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_cells_are_kept_without_the_empty_ones_around_them(report):
     assert (np.pad(kept, (first, CELLS - first - len(kept))) == report.layers[0].sides[0].density).all()
 
 
-def test_figures_are_in_the_document_under_their_own_names(report):
+def test_measurements_are_in_the_document_under_their_own_names(report):
     figures, told = report.layers[0].sides[0], report.document()["layers"][0]["sides"][0]
     for name in ("rows", "rows_per_sample", "calls", "multiply_adds", "reason", "cause", "source", "changed", "unused"):
         assert told[name] == getattr(figures, name)
@@ -71,7 +71,7 @@ def test_figures_are_in_the_document_under_their_own_names(report):
     assert figures.calls == 2
 
 
-def test_what_was_never_seen_has_no_numbers(report):
+def test_what_was_never_observed_has_no_numbers(report):
     _, unseen, zeros = (layer["sides"][0] for layer in report.document()["layers"])
     assert (unseen["density"], unseen["absmax"], unseen["before"]["sqnr_db"]) == (None, None, None)
     assert (zeros["density"], zeros["zeros"]) == (None, 1.0)  # zeros are in no cell

@@ -1,4 +1,4 @@
-"""Figures against direct counts over the raw values."""
+"""Measurements against direct counts over the raw values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from observing import LOUD_TOKEN, NORMAL, observed
+from observing import NORMAL, OUTLIER_TOKEN, observed
 
 from convert_to_quant.errors import CalibrationError, StatisticsError, TensorError
 from convert_to_quant.options import SolveOptions
@@ -109,7 +109,7 @@ def test_rows_have_a_density_of_their_own(seen):
         (NORMAL * 1000, "clips"),
         (NORMAL * 0.0003, "vanishes"),
         (NORMAL * 0.002, "coarse"),
-        (LOUD_TOKEN, "tokens lost"),
+        (OUTLIER_TOKEN, "tokens lost"),
         (np.full((4, 32), 464.0), ""),  # rounds to 448 all the same
         (np.full((4, 32), 900.0), "clips"),
         (np.zeros((4, 32)), ""),
@@ -120,7 +120,7 @@ def test_each_way_to_fail_at_a_scale_has_its_name(seen, rows, risk):
     assert (found.before.risk, found.after.risk) == (risk, "")
 
 
-def test_a_few_clipped_values_at_no_cost_are_no_risk_but_told(seen):
+def test_a_few_clipped_values_at_no_cost_are_reported_but_no_risk(seen):
     rows = np.full((100, 32), 300.0)
     rows[0, 0] = 500
     before = seen(rows).before
@@ -194,7 +194,7 @@ def test_names_may_have_another_prefix(model):
     assert figures_of(report, "model.diffusion_model.blocks.0.a").absmax == np.abs(NORMAL).max()
 
 
-def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_told(seen, model):
+def test_a_layer_in_full_precision_is_at_no_risk_but_its_cost_in_fp8_is_reported(seen, model):
     before = seen(1000 * NORMAL, model("a", full_precision_matrix_mult=True)).before
     assert (before.full_precision, before.risk) == (True, "")
     assert before.clipped > 0
@@ -260,7 +260,7 @@ def test_trials_say_what_every_size_and_format_keeps_and_what_a_file_of_them_doe
     assert figures_of(report, "a").more
 
 
-def test_layers_that_were_never_seen_have_a_row_without_figures(model):
+def test_layers_that_were_never_observed_have_a_row_without_measurements(model):
     report = build(Source(observed({"a": NORMAL, "b": None}), model("a", "b", input_scale=2.0)))
     unseen = figures_of(report, "b")
     assert (unseen.source, unseen.before.scale, unseen.absmax, unseen.density) == ("none", 2.0, None, None)

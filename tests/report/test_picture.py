@@ -156,7 +156,7 @@ def test_a_long_name_keeps_its_end(hot):
     assert any(text.startswith("…x") and text.endswith(".attn.proj") for text in texts(replace(hot, layers=layers)))
 
 
-def test_long_labels_of_sides_do_not_run_into_each_other():
+def test_long_labels_of_sides_do_not_overlap():
     first, second = observed({"a": NORMAL}), observed({"a": 8 * NORMAL})
     page = picture.figure(build(Source(first, label="n" * 60), Source(second, label="w" * 60)))
     FigureCanvasAgg(page).draw()

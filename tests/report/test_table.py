@@ -56,7 +56,7 @@ def test_every_layer_and_side_has_a_line_with_the_reports_numbers():
     assert lines[4]["sqnr_before_db"] == lines[4]["absmax"] == ""
 
 
-def test_crossed_figures_stand_on_the_side_whose_inputs_they_are():
+def test_crossed_columns_are_on_the_side_of_the_inputs():
     lines = read(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), Source(observed({"a": 8 * NORMAL})))
     assert [line["risk_crossed"] for line in lines] == ["", "clips"]
     assert lines[1]["scale_crossed"] == lines[0]["scale_after"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from observing import LOUD_TOKEN, NORMAL, observed
+from observing import NORMAL, OUTLIER_TOKEN, observed
 
 from convert_to_quant.options import SolveOptions
 from convert_to_quant.report.figures import Source, build
@@ -48,7 +48,7 @@ def test_a_few_lost_tokens_are_no_risk_and_most_of_them_are():
         "Some tokens lost in 1 layer: up to 20 % lie below 1/16 of the scale, where FP8 has few codes (some). Whether "
         "the image needs them is unknown."
     )
-    most = of({"outlier": LOUD_TOKEN})
+    most = of({"outlier": OUTLIER_TOKEN})
     assert most.headline == "1 of 1 FP8 layer at risk at a scale of 1.0, none after calibration."
     assert said(most, "Most tokens lost").startswith("Most tokens lost in 1 layer: up to 99 % lie below")
 
@@ -61,7 +61,7 @@ def test_no_risk_is_good():
 
 
 def test_full_precision_has_its_reasons():
-    found = of({"outlier": LOUD_TOKEN, "modulation": NORMAL[:1], "fine": NORMAL})
+    found = of({"outlier": OUTLIER_TOKEN, "modulation": NORMAL[:1], "fine": NORMAL})
     assert said(found, "full precision") == (
         "Calibration moves 2 layers to full precision: 1 with one token per image, where it costs no time; 1 that "
         "would lose tokens at any scale."
