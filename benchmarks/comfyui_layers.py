@@ -1,4 +1,4 @@
-"""What the benchmarks of ComfyUI's speed share: its own linear layers, in every format, with random weights."""
+"""Shared by benchmarks of ComfyUI's speed: its linear layers in every format, with random weights."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from convert_to_quant.formats.record import Format
 
 BF16 = "bf16"
 INPUT_ABSMAX = 5.5
-"""Of normal inputs: for static scales."""
+"""Absmax of normal inputs, for static scales."""
 
 
 def stored(weight_OI: Tensor, fmt: Format, full_precision: bool = False) -> dict[str, Tensor]:
-    """What a file holds of a weight [out, in], by suffix without its dot, its mark included."""
+    """Tensors of a quantized weight [out, in], by suffix without its dot, quantization config included."""
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     sizes = {suffix: size for suffix, (_, size) in fmt.storage(shape, 0).items()}
     quantized = fmt.quantized(weight_OI.float())
@@ -37,8 +37,8 @@ def stored(weight_OI: Tensor, fmt: Format, full_precision: bool = False) -> dict
     config = fmt.config(shape, 0)
     if full_precision and fmt.heeds_full_precision:
         config |= {"full_precision_matrix_mult": True}
-    mark = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
-    return {suffix[1:]: part for suffix, part in parts.items()} | {"comfy_quant": mark}
+    encoded = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    return {suffix[1:]: part for suffix, part in parts.items()} | {"comfy_quant": encoded}
 
 
 def weights(shape: tuple[int, int], device: str, seed: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ def weights(shape: tuple[int, int], device: str, seed: int = 0) -> Tensor:
 
 
 def operations(name: str, device: str) -> Any:
-    """ComfyUI's classes of layers, as it picks them for a file of one format ("bf16" or ours), or a mix of them."""
+    """ComfyUI's layer classes for a file of one format ("bf16" or ours)."""
     import comfy.ops
 
     config = None if name == BF16 else SimpleNamespace(quant_config={"mixed_ops": True})
@@ -56,7 +56,7 @@ def operations(name: str, device: str) -> Any:
 
 
 def linear(name: str, shape: tuple[int, int], device: str) -> Any:
-    """One of ComfyUI's linear layers, [out, in], without bias."""
+    """A linear layer of ComfyUI, [out, in], without bias."""
     layer = operations(name, device).Linear(shape[1], shape[0], bias=False, device=device, dtype=torch.bfloat16)
     weight_OI = weights(shape, device)
     layer.load_state_dict({"weight": weight_OI} if name == BF16 else stored(weight_OI, FORMATS[name]))
@@ -64,7 +64,7 @@ def linear(name: str, shape: tuple[int, int], device: str) -> Any:
 
 
 def supported(name: str, device: str) -> bool:
-    """Whether ComfyUI multiplies a format natively on a device."""
+    """Whether ComfyUI has native matmuls in a format on a device."""
     import comfy.model_management as management
 
     asks = {"float8_e4m3fn": management.supports_fp8_compute, "nvfp4": management.supports_nvfp4_compute,
@@ -73,12 +73,12 @@ def supported(name: str, device: str) -> bool:
 
 
 def kept_db(wanted: Tensor, found: Tensor) -> float:
-    """The ratio of signal to error, in dB."""
+    """Signal-to-error ratio in dB."""
     return float(sqnr_db(wanted[None], found[None]))
 
 
 def milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int, repeats: int, device: str) -> dict[str, float]:
-    """The median time of each call, in milliseconds; all of them in turn, so that a warm GPU treats all alike."""
+    """Median time of each call in milliseconds. Calls alternate, so that a warm GPU affects all alike."""
 
     def wait() -> None:
         if device != "cpu":
@@ -98,17 +98,17 @@ def milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int, repeats: i
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """How these benchmarks are run."""
+    """Options of these benchmarks."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--comfyui-dir", help="a ComfyUI tree (COMFYUI_DIR)")
+    made.add_argument("--comfyui-dir", help="ComfyUI's folder (COMFYUI_DIR)")
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    made.add_argument("--rounds", type=int, default=9, help="of all formats in turn")
-    made.add_argument("--json", type=Path, help="write everything there")
+    made.add_argument("--rounds", type=int, default=9, help="repeats of all formats")
+    made.add_argument("--json", type=Path, help="write all results to this file")
     return made
 
 
 def entered(args: argparse.Namespace) -> dict[str, str]:
-    """Import the parts of ComfyUI that are needed, which load no model files: what runs, in words."""
+    """Import ComfyUI's operations; returns versions and device."""
     folder = tree.folder_of(args.comfyui_dir)
     sys.path.insert(0, str(folder))
     sys.argv = ["main.py", *tree.FLAGS[args.device], *(["--supports-fp8-compute"] if args.device == "cpu" else [])]

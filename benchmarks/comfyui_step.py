@@ -1,15 +1,15 @@
-"""One step of a model of Flux.1's width in ComfyUI, by the formats of its layers: does a mix cost what its formats do?
+"""Time of one step of a model of Flux.1's width in ComfyUI, by format: is a mix as fast as its formats?
 
     COMFYUI_DIR=~/ComfyUI python benchmarks/comfyui_step.py --device cuda
 
-The model is ComfyUI's own class with the layers that ComfyUI picks, at Flux.1's width (3,072, 24 heads) with 4 of its
-19 double and 8 of its 38 single blocks, in the same proportion; weights are random. One evaluation of an image of
-1024 × 1024 with 512 tokens of text: milliseconds, medians, all models in turn. "Flux.1" is that times 19 / 4.
+The model is ComfyUI's Flux class with ComfyUI's layers, at Flux.1's width (3,072, 24 heads), with 4 of its 19 double
+and 8 of its 38 single blocks; weights are random. Results are median milliseconds of one evaluation of a 1024 × 1024
+image with 512 text tokens; models alternate. "Flux.1" is that times 19 / 4.
 
-Blocks are in the format, modulations included (in FP8 with full-precision products, as we write them); what surrounds
-them is in BF16. Mixes alternate between their formats from layer to layer, which is the worst for caches and kernels.
+Blocks are in the format, modulations included (FP8 modulations compute in full precision, as we write them); all other
+layers are in BF16. Mixes alternate formats from layer to layer, the worst case for caches and kernels.
 
-Requirement: a mix of 8 bits is at most 5 % slower than the slowest of its formats. Exit 1 where it is not.
+Requirement: a mix of 8 bits is at most 5 % slower than the slowest of its formats. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from comfyui_layers import BF16, entered, kept_db, milliseconds, operations, parser, stored, supported, weights
+from measure import table
 
 from convert_to_quant.formats import FORMATS
 
@@ -68,7 +69,7 @@ def main() -> None:
     arguments = parser(__doc__ or "")
     arguments.add_argument("--blocks", type=int, nargs=2, default=(4, 8), help="double and single blocks")
     arguments.add_argument("--hidden", type=int, default=3072)
-    arguments.add_argument("--side", type=int, default=128, help="of the latents")
+    arguments.add_argument("--side", type=int, default=128, help="height and width of the latents")
     arguments.add_argument("--text", type=int, default=512, help="tokens")
     args = arguments.parse_args()
     machine = entered(args)
@@ -92,10 +93,11 @@ def main() -> None:
         kept[name] = kept_db(wanted, found)
     taken = milliseconds(calls, args.rounds, 1, args.device)
     print(", ".join(f"{what} {said}" for what, said in machine.items()) + f"; {args.blocks} blocks\n")
-    print("| layers in | ms per step | Flux.1, ms | of BF16's time | velocity, dB |\n|---|---|---|---|---|")
-    for name, ms in taken.items():
-        whole = ms * DEPTH / args.blocks[0]
-        print(f"| {name} | {ms:.1f} | {whole:.0f} | {ms / taken[BF16]:.2f} | {kept[name]:.1f} |")
+    rows = (
+        (name, f"{ms:.1f}", f"{ms * DEPTH / args.blocks[0]:.0f}", f"{ms / taken[BF16]:.2f}", f"{kept[name]:.1f}")
+        for name, ms in taken.items()
+    )
+    print(table(("layers in", "ms per step", "Flux.1, ms", "of BF16's time", "velocity, dB"), rows))
     ratios = {name: taken[name] / max(taken[each] for each in some) for name, some in used.items() if len(some) > 1}
     print()
     for name, ratio in ratios.items():

@@ -1,20 +1,18 @@
-"""What converting to each format takes, as a multiple of a floor: reading every weight, and writing as many bytes.
+"""Time of converting to each format, relative to a floor: reading every weight and writing as many bytes.
 
-The floor runs in the same process, through the same threads and writer, in turns with each format:
+The floor uses the same process, threads and writer, and alternates with each format:
 
-    on the CPU    each weight is read and its `torch.aminmax` found; as many bytes as its codes and scales take are
-                  written.
-    on a GPU      each weight is copied into the card, and as many bytes as its codes and scales take are copied back
-                  and written. Nothing is computed.
+    on the CPU    reads each weight, computes its `torch.aminmax`, and writes as many bytes as its codes and scales.
+    on a GPU      copies each weight to the GPU, copies as many bytes back, and writes them. Computes nothing.
 
-The model is Flux.1's layers (`against_peer.flux_shapes`) with random values, in memory (/dev/shm), as large as is asked
-for. Imports and the first use of a card are not timed. Files are removed whatever happens.
+The model has Flux.1's layers (`against_peer.flux_shapes`) with random values, in memory (/dev/shm), in any size.
+Imports and the first use of the GPU are not timed. Files are always removed.
 
     python benchmarks/convert_formats.py --gigabytes 1.7
     python benchmarks/convert_formats.py --gigabytes 24 --device cuda --json convert_cuda.json
 
-One line of JSON per format: seconds, the floor's, the median of their ratios, and the peak of resident memory of a
-process that only converts to it.
+Prints one line of JSON per format: seconds, the floor's seconds, the median ratio, and the peak resident memory of a
+process that only converts.
 """
 
 from __future__ import annotations
@@ -44,13 +42,13 @@ from convert_to_quant.names import WEIGHT
 from convert_to_quant.options import ConvertOptions
 
 BLOCK_BYTES = 0.7e9, 0.3e9
-"""Of a double block and a single one in bfloat16."""
+"""Of a double and a single block in bfloat16."""
 
 BASE = {"fp8-row": "row", "fp8-block": "block"}
 
 
 def shapes_of(size_bytes: float) -> dict[str, tuple[int, ...]]:
-    """Flux.1 with as many blocks as make up a size, in its proportion of one double block to two single ones."""
+    """Flux.1 of about this size, with two single blocks per double block."""
     double = max(1, round(size_bytes / (BLOCK_BYTES[0] + 2 * BLOCK_BYTES[1])))
     return flux_shapes(double, max(0, round((size_bytes - double * BLOCK_BYTES[0]) / BLOCK_BYTES[1])))
 
@@ -64,7 +62,7 @@ def floor(
     *,
     device: torch.device | None = None,
 ) -> None:
-    """In place of `quantize_weight`: everything but the arithmetic."""
+    """Replaces `quantize_weight`: everything but the arithmetic."""
     stored = {suffix: Spec(*spec).nbytes for suffix, spec in fmt.storage(layer.shape, options.block_size).items()}
     if device is None:
         raw = checkpoint.raw(layer.weight.name)
@@ -93,9 +91,9 @@ def seconds_of(source: Path, output: Path, name: str, device: str, quantize: Any
 
 
 def peak_bytes(source: Path, output: Path, name: str, device: str) -> int:
-    """The peak of resident memory of a process that only converts."""
+    """Peak resident memory of a process that only converts."""
     seconds_of(source, output, name, device, conversion.quantize_weight)
-    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage counts what the parent had, too
+    lines = Path("/proc/self/status").read_text().splitlines()  # getrusage includes the parent's
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 

@@ -1,19 +1,19 @@
-"""What the default input scales keep, on real prompts and as `check` says it, over models and seeds of the noise.
+"""Image quality with default input scales, on real prompts and by `check`, over models and seeds.
 
     python benchmarks/default_scales.py --model tiny-qwen-image.safetensors --height 128 --width 128 --device cuda
 
-Models: six variants of the emoji model (`emoji_models.py`), and any others that were trained on the same images and
-take the same words (`emoji.prompts`), given with `--model`, all of one size. Per model, the SQNR of the velocity in dB:
+Models: six variants of the emoji model (`emoji_models.py`), and others with `--model` that were trained on the same
+images and prompts (`emoji.prompts`), all of one size. Per model, the SQNR of the velocity in dB with
 
-    1.0         what most files carry
-    dynamic     per tensor; no file can ask ComfyUI for it
+    1.0         as in most files
+    dynamic     per tensor; no file can request this from ComfyUI
     before      the default until 2026-11-26: absmax of 8 images × 8 noise levels, without headroom
-    default     what `--actcal` does, for each of the seeds
+    default     `--actcal`, for each seed
 
-on prompts that no method has seen, and on the noise that `check` draws by itself.
+on prompts that no method has observed, and on the noise of `check`.
 
-Requirement: on every model and seed the default is at most 0.2 dB under 1.0 where 1.0 clips nothing of the prompts, and
-at most 0.3 dB under dynamic scales on average over seeds. Exit 1 where it does not hold.
+Requirement: with every model and seed the default is at most 0.2 dB below 1.0, if 1.0 clips nothing on the prompts, and
+on average over seeds at most 0.3 dB below dynamic scales. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import emoji_models as emoji
 import torch
 from emoji_models import Choice, Models, choice_of
 from fidelity import result_of, run_parser, write_between_markers
+from measure import table as markdown
 
 from convert_to_quant.emoji import prompts
 from convert_to_quant.engines import diffusers
@@ -47,7 +48,7 @@ def before(models: Models, seed: int) -> Choice:
 
 
 def measure(variant: str, device: str, seeds: Sequence[int], geometry: Geometry, count: int) -> dict[str, Any]:
-    """Every method on one model: dB on prompts and as checked, by seed where there is one."""
+    """Every method on one model: dB on prompts and by `check`, by seed."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     with emoji.models(variant, device, emoji.GEOMETRY if variant in emoji.VARIANTS else geometry) as models:
@@ -70,17 +71,11 @@ def measure(variant: str, device: str, seeds: Sequence[int], geometry: Geometry,
 
 
 def table(result: Mapping[str, Any], column: str) -> str:
-    """Methods down, models across: mean over seeds, and the least in brackets where seeds differ."""
+    """Methods down, models across: mean over seeds, and the minimum in brackets if seeds differ."""
     models = result["models"]
-    lines = [
-        "| input_scale from | " + " | ".join(Path(name).stem for name in models) + " |",
-        "|---|" + "---|" * len(models),
-    ]
-    for key, title in ROWS.items():
-        figures = [found[key].get(column, []) for found in models.values()]
-        if any(figures):
-            lines.append(f"| {title} | " + " | ".join(map(_cell, figures)) + " |")
-    return "\n".join(lines)
+    dbs = {title: [found[key].get(column, []) for found in models.values()] for key, title in ROWS.items()}
+    rows = ((title, *map(_cell, some)) for title, some in dbs.items() if any(some))
+    return markdown(("input_scale from", *(Path(name).stem for name in models)), rows)
 
 
 def _cell(figures: list[float]) -> str:
@@ -89,33 +84,33 @@ def _cell(figures: list[float]) -> str:
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
-    """Where the requirement does not hold."""
+    """Missed requirements."""
     said = []
     for name, found in result["models"].items():
         default, (one,), (dynamic,) = (found[key]["prompts"] for key in ("default", "one", "dynamic"))
         if not found["clips_one"] and min(default) < one - UNDER_ONE_DB:
-            said.append(f"{name}: {min(default):.2f} dB with one seed, 1.0 keeps {one:.2f}")
+            said.append(f"{name}: {min(default):.2f} dB with one seed, {one:.2f} with 1.0")
         if sum(default) / len(default) < dynamic - UNDER_DYNAMIC_DB:
-            said.append(f"{name}: {sum(default) / len(default):.2f} dB, dynamic scales keep {dynamic:.2f}")
+            said.append(f"{name}: {sum(default) / len(default):.2f} dB, {dynamic:.2f} with dynamic scales")
     return said
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """What goes between the markers of the document."""
+    """The generated part of the document."""
     run = result["run"]
     return (
         f"SQNR of the velocity in dB on {run['prompts']} prompts at {run['levels']} noise levels; mean over "
-        f"{len(result['seeds'])} seeds of the calibration's noise, the least of them in brackets. {run['date']}, "
+        f"{len(result['seeds'])} seeds of the calibration's noise, the minimum in brackets. {run['date']}, "
         f"{run['machine']}; torch {run['torch']}. `{run['command']}`\n\n{table(result, 'prompts')}\n\n"
-        f"The files of the first seed as `check` sees them, on noise: mean over levels, sizes and samples,\n\n"
+        f"The files of the first seed by `check`, on noise: mean over levels, sizes and samples,\n\n"
         f"{table(result, 'checked')}\n\nand the worst sample at the worst level:\n\n{table(result, 'checked_worst')}"
     )
 
 
 def main() -> int:
     parser = run_parser(__doc__, 24)
-    parser.add_argument("--model", nargs="*", default=[], help="other models' files")
-    parser.add_argument("--height", type=int, default=128, help="pixels of the other models' images")
+    parser.add_argument("--model", nargs="*", default=[], help="further models")
+    parser.add_argument("--height", type=int, default=128, help="of the further models' images, in pixels")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2, 3])
     args = parser.parse_args()

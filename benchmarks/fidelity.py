@@ -1,16 +1,16 @@
-"""How much of the picture each way of choosing input scales keeps: the table of docs/accuracy.md.
+"""Image quality by each way of choosing input scales: the table of docs/accuracy.md.
 
     python benchmarks/fidelity.py --json fidelity.json --observers modelopt.json llmcompressor.json
     python benchmarks/fidelity.py --from fidelity.json --write docs/accuracy.md
 
-Six variants of the emoji model (`emoji_models.py`) times methods. Every linear layer of every block has FP8 weights
-and FP8 inputs, unless a method says which layers compute in full precision. Figures are the SQNR of the predicted
-velocity in dB against the same weights in BF16 computed in float32 (`convert_to_quant.fidelity`), over prompts that no
-method has seen, at every noise level, with guidance; and standard errors over prompts. All methods meet the same
-prompts at the same states, so their differences are known better than the figures.
+Measures every method on six variants of the emoji model (`emoji_models.py`). Every linear layer of every block has FP8
+weights and FP8 inputs, unless a method keeps it in full precision. Results are the SQNR of the predicted velocity in dB
+against the same weights in BF16 computed in float32 (`convert_to_quant.fidelity`), over prompts that no method has
+observed, at every noise level, with guidance, and standard errors over prompts. All methods get the same prompts and
+states, so differences are more precise than single results.
 
-The requirement that the tool is held to is checked at the end: what `--actcal` writes by itself lies within 0.3 dB of
-dynamic scales per tensor, or above, on every variant. Exit 1 where it does not.
+Requirement: on every variant, the default of `--actcal` is at most 0.3 dB below dynamic scales per tensor. Exits with 1
+otherwise.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import emoji_models as emoji
 import numpy as np
 import torch
 from emoji_models import Choice, Models, choice_of
+from measure import table as markdown
 
 from convert_to_quant import __version__
 from convert_to_quant.checkpoint import Checkpoint
@@ -43,12 +44,12 @@ from convert_to_quant.options import SolveOptions
 
 TOLERANCE_DB = 0.3
 SCALES_ONLY: Mapping[str, Any] = {"one_row_full_precision": False, "row_loss_limit": 1.0}
-"""Options of `solve` that leave every layer in FP8."""
+"""Options of `solve` that keep every layer in FP8."""
 
 WEIGHTS_ONLY, DYNAMIC, OURS = "weights_only", "dynamic_tensor", "noise"
 
 METHODS: Mapping[str, str] = {
-    WEIGHTS_ONLY: "*weights in FP8, inputs not: what is left to lose*",
+    WEIGHTS_ONLY: "*FP8 weights, 16-bit inputs: the upper limit*",
     DYNAMIC: "dynamic per tensor",
     "dynamic_row": "dynamic per token",
     "one": "1.0",
@@ -66,17 +67,17 @@ METHODS: Mapping[str, str] = {
     "prompts": "ours, prompts",
     OURS: "**ours, noise: the default**",
 }
-"""Key in the JSON -> what the table calls it, in the table's order."""
+"""Key in the JSON -> name in the table, in the table's order."""
 
 SEES: Mapping[str, str] = {
     "one": "nothing", "output": "weights", "layer": "weights", "noise_scales": "noise", OURS: "noise",
     DYNAMIC: "each input", "dynamic_row": "each input", WEIGHTS_ONLY: "",
 }  # fmt: skip
-"""What a method looks at; the others look at real prompts."""
+"""What a method observes; the others observe real prompts."""
 
 
 def choices(models: Models, observers: Mapping[str, Any]) -> dict[str, Callable[[], Choice]]:
-    """How each method sets the layers of a model, by its key."""
+    """How each method sets the layers of a model."""
     prompts = models.seen_on()
     noise = models.calibrated()
 
@@ -152,14 +153,13 @@ def load_observers(paths: list[Path]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The figures as a Markdown table: methods down, variants across."""
-    variants = list(result["variants"])
-    lines = ["| input_scale from | it looks at | " + " | ".join(variants) + " |", "|---|---|" + "---|" * len(variants)]
+    """Methods down, variants across."""
+    rows = []
     for key, title in METHODS.items():
-        cells = [_cell(result["variants"][variant].get(key)) for variant in variants]
+        cells = [_cell(found.get(key)) for found in result["variants"].values()]
         if any(cells):
-            lines.append(f"| {title} | {SEES.get(key, 'real prompts')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append((title, SEES.get(key, "real prompts"), *cells))
+    return markdown(("input_scale from", "observes", *result["variants"]), rows)
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
@@ -167,7 +167,7 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """What goes between the markers of the document."""
+    """The generated part of the document."""
     run = result["run"]
     said = (
         f"SQNR of the velocity in dB, mean ± standard error over {run['prompts']} prompts at {run['levels']} noise "
@@ -177,7 +177,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def verdict(result: Mapping[str, Any]) -> tuple[str, bool]:
-    """The default against dynamic scales per tensor, in words, and whether it holds everywhere."""
+    """The default against dynamic scales per tensor, and whether it meets the requirement."""
     gaps = {
         variant: found[OURS]["sqnr_db"] - found[DYNAMIC]["sqnr_db"]
         for variant, found in result["variants"].items()
@@ -188,7 +188,7 @@ def verdict(result: Mapping[str, Any]) -> tuple[str, bool]:
 
 
 def write_between_markers(path: Path | None, name: str, text: str) -> None:
-    """Put generated text into a document, if one is named, between `<!-- name -->` and `<!-- /name -->`."""
+    """Write generated text between `<!-- name -->` and `<!-- /name -->` of a document, if one is named."""
     if path is None:
         return
     document = path.read_text(encoding="utf-8")
@@ -199,37 +199,37 @@ def write_between_markers(path: Path | None, name: str, text: str) -> None:
 
 
 def machine_of(device: str) -> str:
-    """What computes, in words."""
+    """The hardware, for people."""
     if device != "cpu":
         return f"one {torch.cuda.get_device_name()}"
     return f"{len(os.sched_getaffinity(0))} cores of {platform.machine()}"
 
 
 def run_parser(doc: str | None, prompts: int) -> argparse.ArgumentParser:
-    """How a benchmark over variants is run, and where its result goes."""
+    """Options of a benchmark over variants."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="*", default=list(emoji.VARIANTS), choices=emoji.VARIANTS)
     parser.add_argument("--prompts", type=int, default=prompts, help="held-out prompts")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="variants at a time")
-    parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--from", dest="source", type=Path, help="a JSON of an earlier run, instead of running")
-    parser.add_argument("--write", type=Path, help="put the tables into this document")
+    parser.add_argument("--jobs", type=int, default=1, help="variants in parallel")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    parser.add_argument("--from", dest="source", type=Path, help="use the JSON of an earlier run")
+    parser.add_argument("--write", type=Path, help="write the tables into this document")
     return parser
 
 
 def result_of(
     args: argparse.Namespace, key: str, work: Callable[..., Any], names: Sequence[str], *arguments: Any, **more: Any
 ) -> dict[str, Any]:
-    """What an earlier run found, or one of now, each model in a process of its own; it is written where that is asked.
+    """Results of an earlier run (`--from`), or of a new one with each model in its own process; saved with `--json`.
 
     Args:
         args: of `run_parser`.
-        key: what holds the figures, by model.
-        work: finds those of a model, from its name and further arguments.
+        key: entry of the results by model.
+        work: measures a model, from its name and `arguments`.
         names: of the models.
-        *arguments: further ones.
-        **more: what else is told of the run.
+        *arguments: of `work`.
+        **more: further entries.
     """
     if args.source is not None:
         result: dict[str, Any] = json.loads(args.source.read_text())
@@ -256,7 +256,7 @@ def result_of(
 def main() -> int:
     parser = run_parser(__doc__, len(emoji.HELD_OUT_PROMPTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--observers", type=Path, nargs="*", default=[], help="what observers.py wrote")
+    parser.add_argument("--observers", type=Path, nargs="*", default=[], help="files of observers.py")
     args = parser.parse_args()
     observers = load_observers(args.observers)
     result = result_of(args, "variants", measure, args.variants, args.device, observers, args.methods, args.prompts)

@@ -1,10 +1,10 @@
-"""What 16-bit activations in some steps of sampling keep: the policy that readers call diffusion_step_policy.
+"""Image quality with 16-bit activations in some steps of sampling, the policy called diffusion_step_policy.
 
     python benchmarks/first_and_last_steps.py [--prompts 12 --steps 20 --device cuda]
 
-Variants of the emoji model, quantized and calibrated as `--actcal` does, sample held-out prompts from one seed. Weights
-stay in FP8; in the steps that a policy names, inputs are not quantized. Latent SNR in dB against the original's own
-samples, mean over prompts ± its standard error.
+Variants of the emoji model, calibrated like `--actcal`, sample held-out prompts from one seed. Weights stay in FP8;
+inputs are not quantized in the steps of a policy. Results are the SNR of latents in dB against the original's samples,
+mean over prompts ± standard error.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 
 import emoji_models as emoji
 from emoji_models import choice_of
+from measure import table
 from torch import Tensor
 
 from convert_to_quant.engines.denoiser import Denoiser
@@ -24,11 +25,11 @@ from convert_to_quant.fidelity import check_latents, mean_and_error, sqnr_db
 def sampled(
     model: Denoiser, latents: Tensor, given: Mapping[str, Tensor], steps: int, precise: Collection[int]
 ) -> Tensor:
-    """Final latents of Euler's method; in the steps that are named no inputs are quantized."""
+    """Final latents of Euler's method. Inputs are not quantized in `precise` steps."""
     for step in range(steps):
         arithmetic: Arithmetic = "dequantize" if step in precise else "comfyui"
         for layer in model.linears.values():
-            layer.arithmetic = arithmetic  # layers in high precision heed none
+            layer.arithmetic = arithmetic  # no effect on layers in high precision
         latents = latents - model.velocity(latents, 1 - step / steps, given, emoji.GEOMETRY) / steps
     return latents
 
@@ -47,7 +48,7 @@ def main() -> None:
         "none": (), "first 3": steps[:3], "last 3": steps[-3:], "3 + 3": (*steps[:3], *steps[-3:]),
         "first 6": steps[:6], "middle 6": steps[middle - 3 : middle + 3], "last 6": steps[-6:], "all": steps,
     }  # fmt: skip
-    print(f"| | {' | '.join(policies)} |\n|{'---|' * (len(policies) + 1)}")
+    rows = []
     for name in args.variants:
         with emoji.models(name, args.device) as models:
             given = emoji.conditioning(models.reference, emoji.HELD_OUT_PROMPTS[: args.prompts])
@@ -55,8 +56,8 @@ def main() -> None:
             wanted = sampled(models.reference, start, given, args.steps, ())
             model = models.set(choice_of(models.calibrated()))
             kept = [sqnr_db(wanted, sampled(model, start, given, args.steps, precise)) for precise in policies.values()]
-            figures = (f"{mean:.1f} ± {error:.1f}" for mean, error in map(mean_and_error, kept))
-            print(f"| {name} | {' | '.join(figures)} |", flush=True)
+            rows.append((name, *(f"{mean:.1f} ± {error:.1f}" for mean, error in map(mean_and_error, kept))))
+    print(table(("", *policies), rows))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""What every number format and the best mixes keep of the picture: tables of docs/formats.md and docs/accuracy.md.
+"""Image quality by number format and by mix of formats: tables of docs/formats.md and docs/accuracy.md.
 
     python benchmarks/formats.py --model qwen-image.safetensors --device cuda --jobs 7 --json formats.json
     python benchmarks/formats.py --from formats.json --write docs/accuracy.md --write-formats docs/formats.md
 
-Models: six variants of the emoji model (`emoji_models.py`), and any others given with `--model` that were trained on
-the same images and take the same words. Figures are the SQNR of the predicted velocity in dB against the original
-computed in float32, over prompts that nothing was chosen on, at every noise level, with guidance. Layers compute as
-readers compute (`engines.trials.Simulated`, which tests hold to comfy-kitchen's products).
+Models: six variants of the emoji model (`emoji_models.py`), and others with `--model` that were trained on the same
+images and prompts. Results are the SQNR of the predicted velocity in dB against the original computed in float32, over
+prompts that no choice has observed, at every noise level, with guidance. Layers compute as readers do
+(`engines.trials.Simulated`, which tests compare with comfy-kitchen).
 
-Per model: one format for all layers, NVFP4 also with the scales of `--weight-scale mse` (four over six); the mixes that
-`--best` chooses, running the model on noise, at several sizes for three cards; and, for comparison, mixes of the same
-sizes chosen otherwise:
+Per model: one format for all layers, NVFP4 also with the scales of `--weight-scale mse` (four over six); the mixes of
+`--best`, which runs the model on noise, at several sizes for three GPUs; and mixes of the same sizes chosen by
 
-    output     least error of the layers' own outputs, as energies, instead of damage to the velocity
-    weights    least relative error of the weights: what can be known without running anything
-    ends       hand-written: 8 bits for the first and last blocks, fewer in the middle
-    random     any mix that fits
+    output     least squared error of the layers' own outputs, instead of the velocity's
+    weights    least relative error of the weights, which needs no run
+    ends       a manual rule: 8 bits for the first and last blocks, fewer in between
+    random     chance
 
-Requirement: no mix at 8 bits is more than 0.2 dB under the best single format that the card takes, and the aims of the
-table `AIMS` hold. Exit 1 where they do not.
+Requirement: no mix at 8 bits is more than 0.2 dB below the best single format of the GPU, and `AIMS` hold. Exits with 1
+otherwise.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import emoji_models as emoji
 import numpy as np
 import torch
 from fidelity import result_of, run_parser, write_between_markers
+from measure import table
 
 from convert_to_quant import best
 from convert_to_quant.choose import CANDIDATES, Choice, Mixes
@@ -54,19 +54,19 @@ AIMS: Mapping[tuple[str, str], float] = {
     ("rtx40", "plain"): 38.5, ("rtx40", "hot"): 35.0, ("rtx40", emoji.LOUD_TOKENS): 35.0,
     ("rtx50", "spiky"): 30.3, ("rtx50", "wild"): 30.3,
 }  # fmt: skip
-"""Card and model -> dB at 8 bits."""
+"""GPU and model -> dB at 8 bits."""
 
 UNDER_ONE_FORMAT_DB = 0.2
 FOUR_OVER_SIX = "nvfp4, four over six"
 
 
 class Judge:
-    """A model and the prompts on which mixes are judged.
+    """Measures mixes of a model on prompts.
 
     Args:
         model: the model.
         geometry: of the images.
-        count: prompts.
+        count: number of prompts.
     """
 
     def __init__(self, model: denoiser.Denoiser, geometry: Geometry, count: int) -> None:
@@ -78,22 +78,22 @@ class Judge:
         self.bench.run()
 
     def sqnr_db(self, mix: Mapping[str, trials.Candidate]) -> float:
-        """Of layers in formats."""
+        """Result of layers in formats."""
         return self.judge({name: self.simulated(name, each) for name, each in mix.items()})
 
     def simulated(self, name: str, candidate: trials.Candidate, method: str = "absmax") -> trials.Simulated:
-        """A layer in a format whose scales are chosen in one way."""
+        """A layer in a format, with scales by one method."""
         weight_OI = self.bench.weight(name)
         return trials.Simulated(weight_OI, candidate, candidate.format.quantized(weight_OI, method))
 
     def judge(self, simulated: Mapping[str, trials.Simulated]) -> float:
-        """Of layers that are quantized already."""
+        """Result of layers that are already quantized."""
         (found,) = self.bench.trials([{name: each.product for name, each in simulated.items()}], 0)
         return float(torch.cat([sqnr_db(v, u) for v, u in zip(self.wanted, found, strict=True)]).mean())
 
 
 def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[str, Any]:
-    """Every format, every mix, and how long measuring took."""
+    """Every format and every mix, and the time it took."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
     with emoji.checkpoint_of(variant) as checkpoint:
@@ -146,7 +146,7 @@ def curve(mixes: Mixes, judged: Any, sizes: Sequence[float]) -> dict[str, Any]:
 
 
 def others(checkpoint: Any, chosen: best.Best, layers: Mapping[str, Any]) -> dict[str, Mixes]:
-    """The same mixes, with damages from other sources."""
+    """The same mixes, with other estimates of damage."""
     tried, random, mixes = chosen.trials, np.random.default_rng(0), chosen.mixes
     damage = {way: np.where(np.isfinite(mixes.damage[:1]), 0.0, np.inf) for way in COMPARED}
     for row, (name, layer) in enumerate(layers.items()):
@@ -168,8 +168,7 @@ def others(checkpoint: Any, chosen: best.Best, layers: Mapping[str, Any]) -> dic
 
 def markdown(models: Mapping[str, Any], *columns: str, rows: Iterator[tuple[str, ...]]) -> str:
     """A table of some columns and one for each model."""
-    heads = [*columns, *(title(name) for name in models)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+    return table([*columns, *map(title, models)], rows)
 
 
 def uniform_table(result: Mapping[str, Any]) -> str:
@@ -185,7 +184,7 @@ def uniform_table(result: Mapping[str, Any]) -> str:
 
 
 def best_table(result: Mapping[str, Any]) -> str:
-    """Cards and sizes down, models across: on prompts, and what was expected on noise."""
+    """GPUs and sizes down, models across: on prompts, and as expected from noise."""
     models = result["models"]
 
     def rows() -> Iterator[tuple[str, ...]]:
@@ -198,7 +197,7 @@ def best_table(result: Mapping[str, Any]) -> str:
 
 
 def compared_table(result: Mapping[str, Any]) -> str:
-    """Ways of choosing down, models across."""
+    """Ways to choose down, models across."""
     models = result["models"]
 
     def rows() -> Iterator[tuple[str, ...]]:
@@ -212,12 +211,12 @@ def compared_table(result: Mapping[str, Any]) -> str:
 
 
 def title(model: str) -> str:
-    """A model, for people."""
+    """Name of a model, for people."""
     return Path(model).stem
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
-    """Where a requirement is missed."""
+    """Missed requirements."""
     missed = []
     for model, found in result["models"].items():
         for card in CARDS:
@@ -227,12 +226,12 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
             single = max(found["uniform"][name] for name in taken)
             wanted = max(single - UNDER_ONE_FORMAT_DB, AIMS.get((card, title(model)), -np.inf))
             if got < wanted:
-                missed.append(f"{title(model)}, {card}, 8 bits: {got:.2f} dB, {wanted:.2f} were asked for")
+                missed.append(f"{title(model)}, {card}, 8 bits: {got:.2f} dB, required {wanted:.2f}")
     return missed
 
 
 def said(result: Mapping[str, Any]) -> str:
-    """How the figures came about."""
+    """How the results were measured."""
     run = result["run"]
     return (
         f"SQNR of the velocity in dB over {run['prompts']} prompts at {run['levels']} noise levels. {run['date']}, "
@@ -243,17 +242,17 @@ def said(result: Mapping[str, Any]) -> str:
 def main() -> int:
     parser = run_parser(__doc__, 16)
     parser.add_argument("--model", action="append", default=[], help="a further model, 128 × 128 pixels")
-    parser.add_argument("--write-formats", type=Path, help="put the formats' table into this document")
+    parser.add_argument("--write-formats", type=Path, help="write the table of formats into this document")
     args = parser.parse_args()
     given = (args.device, emoji.GEOMETRY, args.prompts)
     result = result_of(args, "models", measure, [*args.variants, *args.model], *given)
-    for name, table in (("best", best_table), ("chosen", compared_table)):
-        write_between_markers(args.write, name, f"{said(result)}\n\n{table(result)}")
+    for name, made in (("best", best_table), ("chosen", compared_table)):
+        write_between_markers(args.write, name, f"{said(result)}\n\n{made(result)}")
     write_between_markers(args.write_formats, "kept", f"{said(result)}\n\n{uniform_table(result)}")
     print(uniform_table(result), best_table(result), compared_table(result), sep="\n\n")
     print({title(name): found["seconds"] for name, found in result["models"].items()})
     missed = shortfalls(result)
-    print("\n".join(missed) or "Every requirement holds.")
+    print("\n".join(missed) or "All requirements hold.")
     return 1 if missed else 0
 
 

@@ -1,26 +1,27 @@
-r"""What full precision for a part of the layers buys: the curves of docs/accuracy.md.
+r"""Image quality by the share of layers in full precision: the curves of docs/accuracy.md.
 
     python benchmarks/full_precision.py --json full_precision.json
     python benchmarks/full_precision.py --from full_precision.json --plot docs/images/accuracy_budget.png \
         --write docs/accuracy.md
 
-On each variant of the emoji model, with the scales of the default (noise), a budget of multiply-adds is spent by five
-orders, each greedily: a layer that no longer fits is passed over.
+On each variant of the emoji model, with default scales (from noise), a budget of compute (MACs) is spent greedily in
+five orders. Layers that no longer fit are skipped.
 
-    ours            `--full-precision-budget`, here without the limits that move layers by themselves
+    ours            `--full-precision-budget`, without the limits that move layers by default
     random          the mean of several draws
     first and last  blocks from both ends inwards, the last one first
-    whole tensor    the expected error over the whole of a layer's input, worst first
-    whole output    the measured error over the whole of a layer's output, worst first
+    whole tensor    by the expected error over a layer's whole input, largest first
+    whole output    by the measured error over a layer's whole output, largest first
 
-The requirement: ours on top within `TOLERANCE_DB`, and on "loud-tokens" the default limit on lost rows alone gives
-25 dB. Exit 1 where it does not hold.
+Requirement: ours is best within `TOLERANCE_DB`, and on "loud-tokens" the default limit on lost tokens alone gives
+25 dB. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence, Set
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from emoji_models import Choice, Models
 from fidelity import SCALES_ONLY, result_of, run_parser, write_between_markers
+from measure import table as markdown
 
 from convert_to_quant.calibrate_activation_scales import calibrate_model
 from convert_to_quant.fidelity import velocity_fidelity
@@ -37,7 +39,7 @@ from convert_to_quant.options import CalibrationOptions, SolveOptions
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 DRAWS = 5
 TOLERANCE_DB = 0.1
-"""Less is within what a change of prompts moves."""
+"""Other prompts change results by more than this."""
 RESTORED_DB = 25.0
 
 ORDERS: Mapping[str, str] = {
@@ -50,7 +52,7 @@ ORDERS: Mapping[str, str] = {
 
 
 def spend(order: Sequence[str], work: Mapping[str, float], budget: float) -> frozenset[str]:
-    """Layers of an order that a budget pays for."""
+    """Layers that fit a budget, in an order."""
     bought, left = set(), budget + 1e-9
     for layer in order:
         if work[layer] <= left:
@@ -60,14 +62,14 @@ def spend(order: Sequence[str], work: Mapping[str, float], budget: float) -> fro
 
 
 def ends_first(layers: Sequence[str]) -> list[str]:
-    """Layers by blocks, from the ends inwards: last, first, last but one, ..."""
+    """Layers by block, from the ends inwards: last, first, last but one, ..."""
     blocks = list(dict.fromkeys(layer.split(".")[0] + "." + layer.split(".")[1].zfill(3) for layer in sorted(layers)))
     ranked = {block: min(2 * (len(blocks) - 1 - place), 2 * place + 1) for place, block in enumerate(blocks)}
     return sorted(layers, key=lambda layer: (ranked[layer.split(".")[0] + "." + layer.split(".")[1].zfill(3)], layer))
 
 
 def measure(variant: str, device: str, prompt_count: int) -> dict[str, Any]:
-    """Fidelity and share of full precision of every order at every budget."""
+    """Fidelity and share of compute in full precision, for every order and budget."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     prompts = emoji.HELD_OUT_PROMPTS[:prompt_count]
@@ -115,7 +117,7 @@ def measure(variant: str, device: str, prompt_count: int) -> dict[str, Any]:
 
 
 def average(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of points, and the spread of their fidelity."""
+    """Mean of points, and standard deviation of their fidelity."""
     return {
         **{key: statistics.mean(point[key] for point in points) for key in points[0]},
         "deviation_db": statistics.stdev(point["sqnr_db"] for point in points),
@@ -125,7 +127,7 @@ def average(points: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def whole_output(
     models: Models, scales: Mapping[str, float], prompts: Sequence[str], work: Mapping[str, float]
 ) -> list[str]:
-    """Layers by the error over the whole of their output, worst first."""
+    """Layers by the error over their whole output, largest first."""
     errors = velocity_fidelity(
         models.reference,
         models.set(Choice(scales)),
@@ -140,7 +142,7 @@ def whole_output(
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
-    """Where ours is not on top, or the limit does not restore the picture."""
+    """Where ours is not best, or the limit on lost tokens does not restore quality."""
     found = []
     for variant, told in result["variants"].items():
         ours = told["curves"]["ours"]
@@ -152,40 +154,33 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
     if emoji.LOUD_TOKENS in result["variants"]:
         restored = result["variants"][emoji.LOUD_TOKENS]["row_loss_limit"]["sqnr_db"]
         if restored < RESTORED_DB:
-            found.append(f"{emoji.LOUD_TOKENS}: the limit on lost rows gives {restored:.1f} dB")
+            found.append(f"{emoji.LOUD_TOKENS}: the limit on lost tokens gives {restored:.1f} dB")
     return found
 
 
 def table(result: Mapping[str, Any]) -> str:
     """Fidelity by order and budget, one block of rows per variant."""
     budgets = [number for number, budget in enumerate(BUDGETS) if budget in (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5)]
-    head = "| model | order | " + " | ".join(f"{BUDGETS[number]:.0%}" for number in budgets) + " | mean |"
-    lines = [head, "|---|---|" + "---|" * (len(budgets) + 1)]
-    for variant, told in result["variants"].items():
-        for name, title in ORDERS.items():
-            points = told["curves"][name]
-            cells = [f"{points[number]['sqnr_db']:.2f}" for number in budgets]
-            cells.append(f"{statistics.mean(point['sqnr_db'] for point in points):.2f}")
-            lines.append(f"| {variant} | {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for (variant, found), (name, title) in product(result["variants"].items(), ORDERS.items()):
+        dbs = [point["sqnr_db"] for point in found["curves"][name]]
+        rows.append((variant, title, *(f"{db:.2f}" for db in (*(dbs[n] for n in budgets), statistics.mean(dbs)))))
+    return markdown(("model", "order", *(f"{BUDGETS[number]:.0%}" for number in budgets), "mean"), rows)
 
 
 def limits(result: Mapping[str, Any]) -> str:
-    """What the defaults that move layers by themselves give."""
-    lines = [
-        "| | all in FP8 | limit on lost rows alone | the default | all in full precision |",
-        "|---|---|---|---|---|",
-    ]
-    for variant, told in result["variants"].items():
-        cells = [told[key] for key in ("none", "row_loss_limit", "default", "all")]
-        lines.append(
-            f"| {variant} | " + " | ".join(f"{cell['sqnr_db']:.2f} ({cell['share']:.1%})" for cell in cells) + " |"
-        )
-    return "\n".join(lines)
+    """Fidelity and share of compute by the limits that move layers by default."""
+    columns = {"none": "all in FP8", "row_loss_limit": "limit on lost tokens alone", "default": "the default",
+               "all": "all in full precision"}  # fmt: skip
+    rows = (
+        (variant, *(f"{found[key]['sqnr_db']:.2f} ({found[key]['share']:.1%})" for key in columns))
+        for variant, found in result["variants"].items()
+    )
+    return markdown(("", *columns.values()), rows)
 
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Curves, one panel per variant."""
+    """Plot the curves, one panel per variant."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -214,25 +209,25 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("SQNR of the velocity, dB")
     for axis in axes[1]:
-        axis.set_xlabel("budget of full precision, % of multiply-adds")
+        axis.set_xlabel("budget of full precision, % of compute")
     axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def report(result: Mapping[str, Any]) -> str:
-    """What goes between the markers of the document."""
+    """The generated part of the document."""
     run = result["run"]
     said = (
         f"SQNR of the velocity in dB over {run['prompts']} prompts at {run['levels']} noise levels; the budget is a "
-        f"share of the multiply-adds. {run['date']}, {run['machine']}; torch {run['torch']}. `{run['command']}`"
+        f"share of the compute (MACs). {run['date']}, {run['machine']}; torch {run['torch']}. `{run['command']}`"
     )
-    missed = shortfalls(result) or [f"Ours is on top everywhere, within {TOLERANCE_DB} dB."]
+    missed = shortfalls(result) or [f"Ours is best everywhere, within {TOLERANCE_DB} dB."]
     return "\n\n".join([said, table(result), "\n".join(missed), limits(result)])
 
 
 def main() -> int:
     parser = run_parser(__doc__, 32)
-    parser.add_argument("--plot", type=Path, help="write the picture there; needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="write the plot to this file; needs matplotlib")
     args = parser.parse_args()
     result = result_of(args, "variants", measure, args.variants, args.device, args.prompts)
     if args.plot is not None:
@@ -241,7 +236,7 @@ def main() -> int:
     print(table(result))
     print(limits(result))
     missed = shortfalls(result)
-    print("\n".join(missed) or "Ours is on top everywhere.")
+    print("\n".join(missed) or "Ours is best everywhere.")
     return 1 if missed else 0
 
 

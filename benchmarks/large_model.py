@@ -1,10 +1,10 @@
-"""What `--best` and `--round` take on a model of Flux.1's size: time of every step, and memory of the GPU.
+"""Time and GPU memory of `--best` and `--round` on a model of Flux.1's size.
 
     python benchmarks/large_model.py --device cuda --round w4a8 --json large_model.json
 
 The model has Flux.1's 12 billion weights, random, in bfloat16, in memory (/dev/shm). It is observed, tried in every
-format that the card multiplies, and written as the best mix of 8 bits per weight; or it is run and rounded to one
-format, as `--format FORMAT --round` does (with `--round`, which leaves the first out).
+format of the GPU, and written as the best mix of 8 bits per weight. With `--round FORMAT` it is instead run and rounded
+to one format, like `--format FORMAT --round`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
 
 def best_mix(source: Path, output: Path, device: str, gpu: str) -> dict[str, Any]:
-    """`--best` at 8 bits: seconds of its steps, and what it made."""
+    """`--best` at 8 bits: seconds of its steps, and the mix."""
     start = time.perf_counter()
     with open_checkpoint(source) as checkpoint:
         options, shown = BestOptions(gpu=gpu), RunOptions(device=device)
@@ -55,7 +55,7 @@ def best_mix(source: Path, output: Path, device: str, gpu: str) -> dict[str, Any
 
 
 def rounded(source: Path, output: Path, device: str, fmt: str) -> dict[str, Any]:
-    """`--format FORMAT --round`: seconds of running the model and of all."""
+    """`--format FORMAT --round`: seconds of its steps."""
     start, running = time.perf_counter(), 0.0
     with open_checkpoint(source) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions(format=fmt))
@@ -81,7 +81,7 @@ def rounded(source: Path, output: Path, device: str, fmt: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--gpu", default="rtx40", help="the card that `--best` chooses for")
+    parser.add_argument("--gpu", default="rtx40", help="GPU for `--best`")
     parser.add_argument("--round", metavar="FORMAT", help="round to this format, instead of `--best`")
     parser.add_argument("--blocks", type=int, nargs=2, default=(19, 38), help="double and single blocks")
     parser.add_argument("--json", type=Path)

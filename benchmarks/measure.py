@@ -1,21 +1,19 @@
-"""Measure what a command costs: wall-clock seconds and peak memory.
+"""Measures commands: wall-clock seconds and peak memory.
 
-Why it exists. A tool's cost is what its user waits for and what their machine must hold, start-up included, so commands
-are measured from outside, as they are typed. Contenders alternate (A B, B A, A B, ...), so that a machine that warms up
-or is shared slows all of them alike; the median over repeats is the figure, smallest and largest are its spread.
+Commands are measured from outside, start-up included, since that is what a user waits for. Contenders alternate (A B,
+B A, A B, ...), so that a shared or warming machine affects all alike. Results are the median, smallest and largest.
 
-Memory is the kernel's own maximum of pages in memory, mapped files included: an upper bound, since the kernel may drop
+Peak memory is the kernel's maximum of resident pages, mapped files included. It is an upper bound: the kernel may drop
 mapped pages.
 
-Limits. Linux. The kernel carries the maximum of a process over from the one that started it, so this process must stay
-small: big work around a measurement belongs into `in_fresh_process`. Of child processes only the largest counts.
+Limits. Linux only. A process starts with the maximum of its parent, so this process must stay small: do large work in
+`in_fresh_process`. Of child processes only the largest counts.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -23,7 +21,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -34,12 +32,12 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Command:
-    """A command line and where it runs.
+    """A command line.
 
     Attributes:
-        arguments: Program and arguments.
-        directory: Working directory; a neutral one keeps a package of the same name from being imported by accident.
-        environment: Variables, the whole of them.
+        arguments: program and arguments.
+        directory: working directory.
+        environment: all environment variables.
     """
 
     arguments: Sequence[str]
@@ -49,23 +47,22 @@ class Command:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of a command took, and said."""
+    """One run of a command, and its stdout."""
 
     seconds: float
     peak_rss_bytes: int
     output: str
-    errors: str
 
 
 class CommandFailedError(RuntimeError):
-    """A measured command exited with another code than 0: its time means nothing."""
+    """A measured command failed, so its time means nothing."""
 
 
 def run(command: Command) -> Run:
     """Run a command once and measure it.
 
     Raises:
-        CommandFailedError: It failed.
+        CommandFailedError: its exit code is not 0.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
@@ -87,25 +84,17 @@ def run(command: Command) -> Run:
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         errors.seek(0)
-        done = Run(seconds, usage.ru_maxrss * 1024, output.read(), errors.read())
-    if process.returncode != 0:
-        tail = "\n".join((done.output + done.errors).splitlines()[-15:])
-        raise CommandFailedError(f"exit code {process.returncode} from {' '.join(command.arguments)}\n{tail}")
-    return done
+        text = output.read()
+        if process.returncode != 0:
+            tail = "\n".join((text + errors.read()).splitlines()[-15:])
+            raise CommandFailedError(f"exit code {process.returncode} from {' '.join(command.arguments)}\n{tail}")
+    return Run(seconds, usage.ru_maxrss * 1024, text)
 
 
-def summary(seconds: Sequence[float], digits: int = 4) -> dict[str, object]:
-    """Median, extremes and all values, rounded to `digits` significant digits."""
-
-    def short(value: float) -> float:
-        return value if value == 0 else round(value, digits - 1 - math.floor(math.log10(abs(value))))
-
-    return {
-        "median": short(statistics.median(seconds)),
-        "min": short(min(seconds)),
-        "max": short(max(seconds)),
-        "all": [short(value) for value in seconds],
-    }
+def summary(seconds: Sequence[float]) -> dict[str, object]:
+    """Median, extremes and all values, to four significant digits."""
+    values = [float(f"{value:.4g}") for value in seconds]
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
 @dataclass(frozen=True)
@@ -113,10 +102,10 @@ class Contender:
     """One way to do a job.
 
     Attributes:
-        name: Its name in the table.
-        command: What is measured.
-        prepare: Runs before each repeat, unmeasured: puts files back as they were.
-        seconds_of: How long the run took; the default is its wall-clock time, start-up included.
+        name: its name in the table.
+        command: what is measured.
+        prepare: called before each repeat, not measured.
+        seconds_of: time of a run; by default its wall-clock time.
     """
 
     name: str
@@ -125,49 +114,39 @@ class Contender:
     seconds_of: Callable[[Run], float] = lambda run: run.seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
-    """Repeats of one contender."""
+    """All repeats of one contender; memory is the largest of them."""
 
     contender: Contender
-    seconds: Sequence[float]
-    peak_rss_bytes: int
+    seconds: list[float] = field(default_factory=list)
+    peak_rss_bytes: int = 0
 
 
-def alternate(
-    contenders: Sequence[Contender], repeats: int, progress: Callable[[str], None] = lambda _: None
-) -> list[Measurement]:
-    """Measure contenders in turns, in the other direction every second round.
+def alternate(contenders: Sequence[Contender], repeats: int, progress: Callable[[str], None]) -> list[Measurement]:
+    """Measure contenders in turns, in reverse order every second round.
 
     Args:
-        contenders: What to compare.
-        repeats: Rounds; every contender runs once in each.
-        progress: Gets one line per run.
+        contenders: to compare.
+        repeats: runs of each.
+        progress: called with one line per run.
 
     Returns:
-        One measurement per contender, in the order given; memory is the largest of its repeats.
+        One measurement per contender.
 
     Raises:
-        CommandFailedError: A command failed.
+        CommandFailedError: a command failed.
     """
-    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    found = [Measurement(contender) for contender in contenders]
     for turn in range(repeats):
-        for contender in contenders if turn % 2 == 0 else contenders[::-1]:
-            contender.prepare()
-            done = run(contender.command)
-            runs[contender.name].append(done)
-            progress(
-                f"{contender.name}: {contender.seconds_of(done):.3g} s, "
-                f"{done.peak_rss_bytes / 1e6:,.0f} MB ({turn + 1} of {repeats})"
-            )
-    return [
-        Measurement(
-            contender,
-            [contender.seconds_of(done) for done in runs[contender.name]],
-            max(done.peak_rss_bytes for done in runs[contender.name]),
-        )
-        for contender in contenders
-    ]
+        for one in found if turn % 2 == 0 else found[::-1]:
+            one.contender.prepare()
+            done = run(one.contender.command)
+            one.seconds.append(one.contender.seconds_of(done))
+            one.peak_rss_bytes = max(one.peak_rss_bytes, done.peak_rss_bytes)
+            memory = f"{done.peak_rss_bytes / 1e6:,.0f} MB"
+            progress(f"{one.contender.name}: {one.seconds[-1]:.3g} s, {memory} ({turn + 1} of {repeats})")
+    return found
 
 
 def in_fresh_process(work: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -178,11 +157,10 @@ def in_fresh_process(work: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs
 
 
 def machine() -> dict[str, object]:
-    """The machine in words and numbers, for each row of results."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    """The machine, for each row of results."""
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "processor": models[0] if models else platform.processor(),
+        "processor": models[0].split(": ", 1)[1] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
@@ -191,16 +169,19 @@ def machine() -> dict[str, object]:
 
 
 def versions(python: Path, packages: Sequence[str], directory: Path) -> dict[str, str]:
-    """Versions of an interpreter and of packages in its environment; "none" for what is not installed."""
+    """Versions of an interpreter and of packages in its environment; "none" if a package is not installed."""
     question = (
         "import importlib.metadata as m, json, platform, sys\n"
-        "def v(p):\n"
-        "    try: return m.version(p)\n"
-        "    except m.PackageNotFoundError: return 'none'\n"
-        "print(json.dumps({'python': platform.python_version(), **{p: v(p) for p in sys.argv[1:]}}))"
+        "found = {d.name.replace('-', '_'): d.version for d in m.distributions() if d.name}\n"
+        "print(json.dumps({'python': platform.python_version(), **{p: found.get(p, 'none') for p in sys.argv[1:]}}))"
     )
     answer = subprocess.run(
         [str(python), "-c", question, *packages], cwd=directory, check=True, capture_output=True, text=True
     ).stdout
     found: dict[str, str] = json.loads(answer)
     return found
+
+
+def table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (heads, ["---"] * len(heads), *rows))

@@ -1,14 +1,14 @@
-"""What NVFP4 keeps with static input scales, and with factors per input channel, against scales found as inputs come.
+"""Image quality of NVFP4 with static input scales, or with factors per input channel, against dynamic scales.
 
     python benchmarks/nvfp4_inputs.py [--factors] [VARIANT ...]
 
-Velocity SQNR in dB of variants of the emoji model (`emoji_models.py`), all block linears in NVFP4, layers that see one
-token in full precision, 8 prompts × 4 noise levels. Static scales are a margin × absmax / 2688 of 16 images × 4 levels
-of noise, as `--actcal` shows them, and what `--actcal` itself finds.
+Velocity SQNR in dB of variants of the emoji model (`emoji_models.py`), with all block linears in NVFP4, layers with one
+token per image in full precision, and 8 prompts × 4 noise levels. Static scales are a margin × absmax / 2688 over the
+16 images × 4 noise levels of `--actcal`, and the scales of `--actcal` itself.
 
-With --factors, inputs are scaled as they come, and multiplied by `pre_quant_scale` = w^b / x^a first, of geometric mean
-1, where x is the absmax of a channel on noise and w that of its column of weights; weights are divided by it before
-they are rounded.
+With --factors, inputs are multiplied by `pre_quant_scale` = w^b / x^a and scaled dynamically. x is a channel's absmax
+on noise, w that of its weight column; the geometric mean of the factors is 1. Weights are divided by them before
+rounding.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def to_nvfp4(source: Path, output: Path) -> Path:
 
 
 def kept(reference: Denoiser, file: Checkpoint, exact: frozenset[str], scales: Mapping[str, float]) -> float:
-    """Decibels of a file with these input scales; without any, each picture's inputs are scaled by themselves."""
+    """Decibels of a file with these input scales; without any, inputs are scaled dynamically per image."""
     model = load(file, dtype=torch.float32, arithmetic="comfyui")
     for module in model.linears.values():
         layer = module.stored.layer
@@ -59,7 +59,7 @@ def kept(reference: Denoiser, file: Checkpoint, exact: frozenset[str], scales: M
 
 
 def with_factors(source: Path, output: Path, factors: Mapping[str, Tensor]) -> None:
-    """Quantize weights that were divided by factors, and write the factors beside them."""
+    """Divide weights by factors, quantize them, and add the factors to the file."""
     tensors, divided = load_file(source), output.with_suffix(".divided.safetensors")
     for layer, factor in factors.items():
         tensors[layer + names.WEIGHT] = tensors[layer + names.WEIGHT].float() / factor

@@ -1,16 +1,15 @@
-"""Ranges that other tools' own calibrators find, on the inputs that our benchmark's calibration sees.
+"""Input scales by the calibrators of other tools, on the inputs of our benchmark's calibration.
 
-Run in an environment that has one of the tools, beside this package, torch and diffusers (docs/accuracy.md says how it
-is made); `fidelity.py --observers FILE` reads what it writes.
+Run it in an environment with one of the tools, this package, torch and diffusers (see docs/accuracy.md).
+`fidelity.py --observers FILE` reads its results.
 
     python benchmarks/observers.py modelopt -o modelopt.json
     python benchmarks/observers.py llmcompressor -o llmcompressor.json
 
-Their calibrators are called as their own FP8 recipes set them up: ModelOpt's `MaxCalibrator` for E4M3 per tensor, which
-`FP8_DEFAULT_CFG` uses; llm-compressor's "static_minmax" and "mse" observers for float 8-bit symmetric per tensor input
-activations, as in its static FP8 scheme. Each sees the inputs of every FP8 layer, one call per image with its
-negative and noise level, as the tools see them when they calibrate a pipeline. What they return becomes an input scale
-unchanged.
+Calibrators are configured as in the tools' FP8 recipes: ModelOpt's `MaxCalibrator` for E4M3 per tensor, as in
+`FP8_DEFAULT_CFG`; llm-compressor's "static_minmax" and "mse" observers for symmetric 8-bit float per tensor, as in its
+static FP8 scheme. Each gets the inputs of every FP8 layer, one call per noise level and image with its negative, as
+when the tools calibrate a pipeline. Their result is the input scale.
 """
 
 from __future__ import annotations

@@ -1,28 +1,28 @@
-"""What rounding by second moments of inputs and folding keep of the picture: a table of docs/rounding.md.
+"""Image quality by rounding with second moments of inputs, and by folding: a table of docs/rounding.md.
 
     python benchmarks/rounding.py --model qwen-image.safetensors --device cuda --jobs 7 --json rounding.json
     python benchmarks/rounding.py --from rounding.json --write docs/rounding.md
 
-Models, prompts and the figure (SQNR of the velocity in dB against the original in float32, layers computing as readers
-compute) are those of `formats.py`. Moments and ranges are gathered on noise. Per model, every layer in one format, and
-the mixes that `--best` chooses for an RTX 50:
+Models, prompts and results (SQNR of the velocity in dB against the original in float32, with layers computing as
+readers do) are those of `formats.py`. Moments and ranges come from noise. Per model, every layer in one format, and the
+mixes of `--best` for an RTX 50:
 
     nearest             each weight to nearest
-    rounded             what `--round` writes
-    rounded on prompts  the same by moments of 32 other prompts, each with and without its words, as under guidance:
+    rounded             `--round`
+    rounded on prompts  the same with moments of 32 other prompts, each also with an empty prompt, as under guidance:
                         `observe --moments --conditioning`
-    folded              what `--fold` writes: channels evened out first, then to nearest
-    folded and rounded  what `--fold --round` writes
+    folded              `--fold`: channels equalized first, then to nearest
+    folded and rounded  `--fold --round`
 
-and a LoRA on all of them in INT8 ConvRot, which is random, of rank 8 and a tenth of each weight's norm, and reads
-channels as the weight does:
+and a random LoRA on INT8 ConvRot, of rank 8 and a tenth of each weight's norm, whose down factors mix the weight's
+rows:
 
-    LoRA         of the model as it is, and of the folded one with the LoRA folded (rows "nearest" and "folded")
-    unconverted  the folded model in float32 with that LoRA as it is, as ComfyUI would apply it
+    LoRA         on the original model, and on the folded one with the LoRA folded (rows "nearest" and "folded")
+    unconverted  the folded model in float32 with the original LoRA, as ComfyUI would apply it
     exact        the folded model in float32 without a LoRA, against the original
 
-Requirement: the aims of the table `AIMS` hold; rounding keeps no less than nearest but for 0.1 dB; a LoRA on a folded
-file keeps no more than 1 dB less than on one that is not folded. Exit 1 where they do not.
+Requirement: `AIMS` hold; rounding is at most 0.1 dB below nearest; a LoRA on a folded file is at most 1 dB below one on
+a file that is not folded. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ AIMS: Mapping[tuple[str, str], Mapping[str, float]] = {
     (INT8, "folded"): dict.fromkeys(ALL_AIMED, 41.0),
     ("best, 8 bits", "folded and rounded"): dict.fromkeys((*ALL_AIMED, emoji.LOUD_TOKENS), 41.5),
 }
-"""What is written, and how -> dB by model."""
+"""Row and column -> dB by model."""
 
 EXACT, LORA_UNDER, TOLERANCE_DB = 115.0, 1.0, 0.1
 RANK, SHARE = 8, 0.1
 
 
 def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mixes: bool) -> dict[str, Any]:
-    """Every row of the table, by what is written and by way, in dB; and the seconds and bytes that it took."""
+    """Every row of the table in dB, and the time and memory it took."""
     torch.set_grad_enabled(False)
     torch.set_num_threads(2)
     device, begun = shown.device, time.perf_counter()
@@ -134,7 +134,7 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
 
 
 def best_mixes(checkpoint: Checkpoint, shown: RunOptions) -> dict[str, dict[str, str]]:
-    """What `--best` chooses, as formats by layer."""
+    """The mixes of `--best`, as formats by layer."""
     chosen = best.plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), shown)
     found = {}
     for bits in BITS:
@@ -145,18 +145,18 @@ def best_mixes(checkpoint: Checkpoint, shown: RunOptions) -> dict[str, dict[str,
 
 
 def on(device: str, parts: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-    """What is stored of a weight, on the device; None for rounding to nearest."""
+    """The stored parts of a weight, on the device; None for rounding to nearest."""
     return parts and {suffix: part.to(device) for suffix, part in parts.items()}
 
 
 def agreement(wanted: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    """SQNR in dB; 300 for what is the same to the bit."""
+    """SQNR in dB; 300 if bit-identical."""
     every = torch.cat([sqnr_db(v, u) for v, u in zip(wanted, found, strict=True)])
     return float(every.clamp(max=300).mean())
 
 
 def write_lora(checkpoint: Checkpoint, layers: Iterable[str], path: Path) -> None:
-    """A random LoRA whose down factors are mixtures of the weights' rows."""
+    """Write a random LoRA whose down factors are mixtures of the weights' rows."""
     random = np.random.default_rng(0)
     entries = {}
     for name in layers:
@@ -172,14 +172,14 @@ def write_lora(checkpoint: Checkpoint, layers: Iterable[str], path: Path) -> Non
 
 
 def memory_bytes(device: str) -> int:
-    """The most that this process held, on the device."""
+    """Peak memory of this process on the device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """What is written and how down, models across."""
+    """Formats and rounding down, models across."""
     models = result["models"]
 
     def rows() -> Iterator[tuple[str, ...]]:
@@ -192,7 +192,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
-    """Where a requirement is missed."""
+    """Missed requirements."""
     missed = []
     for model, found in result["models"].items():
         rows = found["rows"]
@@ -202,7 +202,7 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
                 least[name, "rounded"] = row["nearest"] - TOLERANCE_DB
         least |= {where: aims[title(model)] for where, aims in AIMS.items() if title(model) in aims}
         missed += [
-            f"{title(model)}, {name}, {way}: {rows[name][way]:.2f} dB, {db:.2f} were asked for"
+            f"{title(model)}, {name}, {way}: {rows[name][way]:.2f} dB, required {db:.2f}"
             for (name, way), db in least.items()
             if rows.get(name, {}).get(way, db) < db
         ]
@@ -213,7 +213,7 @@ def main() -> int:
     parser = run_parser(__doc__, 16)
     parser.add_argument("--model", action="append", default=[], help="a further model, 128 × 128 pixels")
     parser.add_argument("--formats", nargs="*", default=list(best.CANDIDATES), choices=best.CANDIDATES)
-    parser.add_argument("--samples", type=int, help="images that ranges, moments and trials are measured on")
+    parser.add_argument("--samples", type=int, help="images for ranges, moments and trials")
     parser.add_argument("--no-mixes", action="store_true", help="leave out the mixes")
     args = parser.parse_args()
     given = (RunOptions(device=args.device, samples=args.samples), args.prompts, args.formats, not args.no_mixes)
@@ -223,7 +223,7 @@ def main() -> int:
     for model, found in result["models"].items():
         print(f"{title(model)}: {found['seconds']} s, {found['memory_bytes'] / 1e9:.1f} GB")
     missed = shortfalls(result)
-    print("\n".join(missed) or "Every requirement holds.")
+    print("\n".join(missed) or "All requirements hold.")
     return 1 if missed else 0
 
 
