@@ -1,33 +1,33 @@
-"""What the accuracy benchmarks share: six variants of the emoji model, two lists of prompts, and ways to run them.
+"""Shared by the accuracy benchmarks: six variants of the emoji model, two lists of prompts, and ways to run them.
 
-Variants. Five are `convert_to_quant.emoji.rerange`'s. The sixth, "loud-tokens", is made here, after what is published
-of Z-Image: inputs of its MLP's second layer reach 6.6e4 among others of 1 to 30, so that one scale per tensor paints
-noise, scales per row do not, and the error over the whole tensor looks harmless.
+Five variants come from `convert_to_quant.emoji.rerange`. The sixth, "loud-tokens", imitates outlier tokens as published
+for Z-Image: inputs of its MLP's second layer reach 6.6e4 among others of 1 to 30. One scale per tensor then generates
+noise, scales per token do not, and the error over the whole tensor looks harmless.
 
-How "loud-tokens" is made. In four layers, the two hidden units of an MLP that contribute least to its output are taken
-out (their mean goes into the bias), and in their place stand two that cancel:
+How "loud-tokens" is made. In four layers, the two hidden units of an MLP that contribute least to its output are
+removed (their mean goes into the bias), and replaced with two that cancel:
 
     unit i:  K · (u·x - t)        read with weights  w
     unit j:  K/8 · (u·x - t)      read with weights  -8 w
 
-with u the signs of another unit's weights, t the value that one token in a hundred exceeds, and K = 1024. Under GELU
-both are 0 for all other tokens, and for a loud one they are K·a and K·a/8 up to GELU's bend near 0, whose part of the
-output is under 1.4 · w; the pair adds w·K·a - 8w·K·a/8 = 0. All factors are powers of two, so a loud pair that is
-quantized by any one scale still cancels, unless it is clipped: then the output is off by 7 w · clip. So a scale must
-cover the loud tokens, and one that does loses the others. K = 1024 is what the first layer's weights bear in FP8 under
-one scale: it costs them 1 dB.
+u are the signs of another unit's weights, t is the value that one token in a hundred exceeds, and K = 1024. After GELU
+both are 0 for all other tokens. For an outlier token they are K·a and K·a/8, up to GELU's bend near 0, which adds less
+than 1.4 · w to the output; the pair adds w·K·a - 8w·K·a/8 = 0. All factors are powers of two, so a pair quantized with
+one scale still cancels, unless it is clipped: then the output is off by 7 w · clip. So a scale must cover the outlier
+tokens, and then it loses the others. K = 1024 is the limit of the first layer's weights in FP8 with one scale: it costs
+them 1 dB.
 
-How close it is: exact for all but the removed units. `python benchmarks/emoji_models.py` measures it.
+The change is exact except for the removed units. `python benchmarks/emoji_models.py` measures it.
 
-Limits. u was chosen among units to which noise is loud too, about as often. A token that is loud only for real prompts
-would not be seen by a calibration on noise; docs/accuracy.md says what that costs.
+Limits. u was chosen among units that have outlier tokens about as often on noise. Outlier tokens of real prompts alone
+would be missed by a calibration on noise; see docs/accuracy.md for the cost.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,22 +72,22 @@ CALIBRATION_PROMPTS = (
 HELD_OUT_PROMPTS = prompts.HELD_OUT
 
 LOUDER = 1024.0
-"""K: largest weight of a loud unit."""
+"""K: largest weight of an outlier unit."""
 QUIETER = 8.0
-"""How many times quieter the second unit of a pair is."""
+"""Ratio of the first unit of a pair to the second."""
 READ_WITH = 2.0**-5
-"""w: size of the weights that read the first unit."""
+"""w: absolute weight that reads the first unit."""
 
 
 @dataclass(frozen=True)
 class LoudPair:
-    """Where two hidden units of an MLP become loud for one token in a hundred.
+    """Two hidden units of an MLP that become outliers for one token in a hundred.
 
     Attributes:
         first, second: layers of the MLP; its hidden units are the last rows of one and the last columns of the other.
-        units: the two quietest units, and the mean of each over real prompts.
-        listens_to: the unit whose weights' signs make the direction.
-        threshold: projection that one token in a hundred exceeds, for real prompts.
+        units: the two units with the least output -> their mean over real prompts.
+        listens_to: the unit whose weights' signs are u.
+        threshold: t, over real prompts.
     """
 
     first: str
@@ -109,7 +109,7 @@ VARIANTS = (*RERANGINGS, LOUD_TOKENS)
 
 
 def remove_quiet_units(tensors: dict[str, Float32]) -> None:
-    """Take the units out, in place, that `add_loud_units` needs: all of "loud-tokens" that is not exact."""
+    """Remove the units that `add_loud_units` replaces, in place. Only this step is not exact."""
     for pair in LOUD_PAIRS:
         weight_OI, bias_O, hidden = (
             tensors[pair.second + names.WEIGHT],
@@ -123,7 +123,7 @@ def remove_quiet_units(tensors: dict[str, Float32]) -> None:
 
 
 def add_loud_units(tensors: dict[str, Float32]) -> None:
-    """Put pairs that cancel in place of units that nothing reads."""
+    """Replace the removed units with pairs that cancel, in place."""
     hidden = _hidden(tensors)
     for number, pair in enumerate(LOUD_PAIRS):
         weight_HI, bias_H = (tensors[pair.first + suffix][-hidden:] for suffix in (names.WEIGHT, names.BIAS))
@@ -137,12 +137,12 @@ def add_loud_units(tensors: dict[str, Float32]) -> None:
 
 
 def _hidden(tensors: Mapping[str, Float32]) -> int:
-    """Hidden units of an MLP."""
+    """Number of hidden units of an MLP."""
     return len(tensors["double_blocks.0.img_mlp.0" + names.WEIGHT])
 
 
 def write_variant(variant: str, path: Path) -> None:
-    """Write one variant of the model: bfloat16 weights, and float32 biases where it is re-ranged."""
+    """Write a variant of the model: bfloat16 weights, and float32 biases if it is re-ranged."""
     if variant != LOUD_TOKENS:
         write_reranged(WEIGHTS, path, RERANGINGS[variant])
         return
@@ -158,7 +158,7 @@ def write_variant(variant: str, path: Path) -> None:
 
 
 def conditioning(model: Denoiser, prompt_names: Sequence[str], geometry: Geometry = GEOMETRY) -> dict[str, Tensor]:
-    """Prompts as a model takes them, each [prompts, ...]: words as tokens, and as one vector where it takes one."""
+    """Prompts as a model's inputs, each [prompts, ...]: tokens, and a pooled vector if it has that input."""
     context, pooled = (torch.from_numpy(part) for part in prompts.embed_all(prompt_names))
     return {
         name: torch.ones(len(context), *signal.shape, dtype=torch.int64) if signal.kind == "mask"
@@ -172,7 +172,7 @@ class Choice:
     """How quantized layers compute.
 
     Attributes:
-        scales: input scale by layer; 1.0 where missing.
+        scales: input scale by layer; 1.0 if missing.
         full_precision: layers whose inputs are not quantized.
         arithmetic: of the others.
     """
@@ -183,14 +183,14 @@ class Choice:
 
 
 class Models:
-    """One variant of the model: the reference in float32 and the FP8 model, whose layers can be set at will.
+    """One variant of the model: the reference in float32, and the FP8 model with adjustable layers.
 
     Attributes:
         variant: its name.
-        checkpoint: the FP8 file, converted as by default.
+        checkpoint: the FP8 file, converted with defaults.
         geometry: of the images that it was trained on.
         table: its layers.
-        present: what the FP8 layers have.
+        present: current state of the FP8 layers.
     """
 
     def __init__(
@@ -222,8 +222,7 @@ class Models:
     ) -> Fidelity:
         """Velocity fidelity on prompts.
 
-        Scales per tensor that are found as the model runs are those of one picture with its negative, as a sampler
-        would have them, so such models run picture by picture.
+        With dynamic scales per tensor the model runs one image and its negative at a time, as in a sampler.
         """
         return velocity_fidelity(
             self.reference,
@@ -237,7 +236,7 @@ class Models:
         )
 
     def seen_on(self, prompt_names: Sequence[str] = CALIBRATION_PROMPTS, levels: int = LEVELS) -> Statistics:
-        """Statistics of the FP8 layers, their inputs not quantized, while real prompts are painted."""
+        """Statistics of the FP8 layers, with inputs not quantized, while sampling real prompts."""
         model = self.set(Choice({}, frozenset(self.present)))
         feeds = {name: module.stored.layer.name for name, module in model.linears.items()}
         feeds = {name: layer for name, layer in feeds.items() if layer in self.present}
@@ -252,19 +251,19 @@ class Models:
         return solve(statistics, self.present, options)
 
     def calibrated(self, **options: object) -> list[LayerResult]:
-        """What `--actcal` finds."""
+        """Results of `--actcal`."""
         return calibrate_model(self.checkpoint, CalibrationOptions(**options)).results  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Guided:
-    """One step of painting under guidance: what a model is shown, each prompt with and without its words.
+    """One step of sampling under guidance: all prompts, then as many empty ones.
 
     Attributes:
         latents: [2 · prompts, ...].
         sigma: noise level.
         conditioning: by name, each [2 · prompts, ...].
-        velocity: what the model gives for it.
+        velocity: the model's output.
     """
 
     latents: Tensor
@@ -274,7 +273,7 @@ class Guided:
 
 
 def with_nothing(words: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Prompts, then as many empty ones, as guidance shows them; masks hide nothing."""
+    """Prompts, then as many empty ones, as under guidance; masks hide nothing."""
     return {
         name: torch.cat([value, torch.zeros_like(value) if value.is_floating_point() else value])
         for name, value in words.items()
@@ -286,7 +285,7 @@ def guided_way(
     levels: int = LEVELS, seed: int = CALIBRATION_SEED, latents: Tensor | None = None,
     at: Callable[[float], object] = lambda _: None, batch: int = 8,
 ) -> Iterator[Guided]:  # fmt: skip
-    """Paint emoji under guidance, from latents of a seed, or these; told each noise level before the model runs."""
+    """Sample emoji under guidance, from given latents or those of a seed; calls `at` with each noise level."""
     shape = model.latent_shape(geometry)
     if latents is None:
         latents = torch.cat([noise.latents(shape, seed, number) for number in range(len(prompt_names))])
@@ -305,7 +304,7 @@ def guided_way(
 
 @contextmanager
 def checkpoint_of(variant: str) -> Iterator[Checkpoint]:
-    """A variant, whose file is made first, or the model of a file."""
+    """A variant by its name, or the model of a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(variant)
         if variant in VARIANTS:
@@ -317,7 +316,7 @@ def checkpoint_of(variant: str) -> Iterator[Checkpoint]:
 
 @contextmanager
 def models(variant: str, device: str = "cpu", geometry: Geometry = GEOMETRY) -> Iterator[Models]:
-    """Load a variant or the model of a file, as it is and in FP8."""
+    """A variant by its name, or the model of a file: the original and in FP8."""
     with checkpoint_of(variant) as checkpoint, tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "fp8.safetensors")
         convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), output)
@@ -341,38 +340,29 @@ def choice_of(results: Sequence[LayerResult], *, full_precision: bool = True) ->
 
 
 def loud_tokens_are_close() -> dict[str, float]:
-    """Velocity SQNR in dB, in float32, of the stages of making "loud-tokens", against the model as it was trained."""
-    stages = {"units removed": [remove_quiet_units], "units removed, pairs added": [remove_quiet_units, add_loud_units]}
-    found = {}
-    with tempfile.TemporaryDirectory() as folder, open_checkpoint(WEIGHTS) as checkpoint:
-        reference = load(checkpoint, dtype=torch.float32)
-        files = {}
-        for name, steps in stages.items():
-            tensors = {key: checkpoint.float32(key) for key in checkpoint.tensors}
-            for step in steps:
-                step(tensors)
-            files[name] = Path(folder, f"{len(files)}.safetensors")
-            write_checkpoint(files[name], {key: Entry.of(values) for key, values in tensors.items()}, {})
-        opened = [open_checkpoint(path) for path in files.values()]
-        removed, added = (load(file, dtype=torch.float32) for file in opened)
+    """Velocity SQNR in dB, in float32, between the original model and the stages of "loud-tokens"."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        original = stack.enter_context(open_checkpoint(WEIGHTS))
+        tensors = {name: original.float32(name) for name in original.tensors}
+        stages = [load(original, dtype=torch.float32)]
+        for change in (remove_quiet_units, add_loud_units):
+            change(tensors)
+            path = Path(folder, f"{len(stages)}.safetensors")
+            write_checkpoint(path, {name: Entry.of(values) for name, values in tensors.items()}, {})
+            stages.append(load(stack.enter_context(open_checkpoint(path)), dtype=torch.float32))
+        trained, removed, added = stages
         pairs = {
-            "trained against units removed": (reference, removed),
-            "units removed against pairs added": (removed, added),
-            "trained against loud-tokens": (reference, added),
+            "original, units removed": (trained, removed),
+            "units removed, pairs added": (removed, added),
+            "original, loud-tokens": (trained, added),
         }
-        for name, (left, right) in pairs.items():
-            found[name] = velocity_fidelity(
-                left,
-                right,
-                conditioning(left, HELD_OUT_PROMPTS[:16]),
-                GEOMETRY,
-                guidance=GUIDANCE,
-                steps=LEVELS,
-                seed=HELD_OUT_SEED,
+        given = conditioning(trained, HELD_OUT_PROMPTS[:16])
+        return {
+            name: velocity_fidelity(
+                *pair, given, GEOMETRY, guidance=GUIDANCE, steps=LEVELS, seed=HELD_OUT_SEED
             ).sqnr_db
-        for file in opened:
-            file.close()
-    return found
+            for name, pair in pairs.items()
+        }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""Whether FP8 arithmetic as we simulate it is what FP8 hardware does: the emoji model, simulated and on tensor cores.
+"""Simulated FP8 arithmetic against FP8 matrix units, on the emoji model.
 
-Every figure of fidelity in this project multiplies e4m3 values in float32 (`engines.quantized_linear`). Here the same
-files run both ways on a CUDA device with `torch._scaled_mm`, along the same reference trajectories:
+All fidelity results in this project multiply E4M3 values in float32 (`engines.quantized_linear`). This benchmark also
+runs the same files with `torch._scaled_mm` on a CUDA device, along the same reference trajectories:
 
     multiply   x · (1 / s) in bfloat16, ComfyUI's eager quantizer
     divide     x / s in float32, ComfyUI's CUDA and Triton quantizers
 
-for each re-ranging of the emoji model, calibrated on noise. SQNR of the velocity in dB; a simulated figure stands if
-the real one is within 0.1 dB. bfloat16 runs between layers in both (as ComfyUI runs models); "float32" is the
-simulation with float32 between layers, as the accuracy tables have it, and "weights" quantizes no inputs.
+on each re-ranging of the emoji model, calibrated on noise. Results are the SQNR of the velocity in dB. Between layers
+both compute in bfloat16, as ComfyUI does; "float32" is the simulation with float32 between layers, as in the accuracy
+tables; "weights" quantizes no inputs. Requirement: simulated and real results differ by at most 0.1 dB.
 
-Then one layer of Flux.1's sizes alone: how far the device's sums are from exact ones, in dB, which bounds what a large
-model could add to this (its rows are 12 to 60 times as long as the emoji model's).
+Then the error of the device's sums in single matmuls of Flux.1's sizes, in dB, which bounds the difference in a large
+model (its rows are 12 to 60 times as long as the emoji model's).
 
     python benchmarks/fp8_matmul.py [--prompts 32] [--steps 8]
 """
@@ -20,85 +20,66 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from contextlib import ExitStack
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
+import emoji_models as emoji
 import torch
 
-from convert_to_quant.calibrate_activation_scales import calibrate_model, patch_model_with_scales
-from convert_to_quant.checkpoint import open_checkpoint
-from convert_to_quant.convert import convert, plan_conversion
-from convert_to_quant.emoji import SIDE_TOKENS, WEIGHTS, prompts
-from convert_to_quant.emoji.rerange import RERANGINGS, write_reranged
+from convert_to_quant.emoji import prompts
+from convert_to_quant.emoji.rerange import RERANGINGS
 from convert_to_quant.engines.denoiser import load
-from convert_to_quant.engines.quantized_linear import CheckpointLinear
-from convert_to_quant.families.running import Geometry
+from convert_to_quant.engines.quantized_linear import Arithmetic, CheckpointLinear
 from convert_to_quant.fidelity import velocity_fidelity
 from convert_to_quant.formats import DEFAULT
-from convert_to_quant.options import CalibrationOptions, ConvertOptions
 
-GEOMETRY = Geometry(height=SIDE_TOKENS, width=SIDE_TOKENS, frames=1, text_tokens=prompts.TOKENS)
 TOLERANCE_DB = 0.1
 
-WAYS: dict[str, dict[str, Any]] = {
-    "weights": {"dtype": torch.bfloat16, "arithmetic": "dequantize"},
-    "float32": {"dtype": torch.float32, "arithmetic": "comfyui_divide"},
-    "divide": {"dtype": torch.bfloat16, "arithmetic": "comfyui_divide"},
-    "multiply": {"dtype": torch.bfloat16, "arithmetic": "comfyui"},
+WAYS: Mapping[str, tuple[torch.dtype, Arithmetic]] = {
+    "weights": (torch.bfloat16, "dequantize"),
+    "float32": (torch.float32, "comfyui_divide"),
+    "divide": (torch.bfloat16, "comfyui_divide"),
+    "multiply": (torch.bfloat16, "comfyui"),
 }
 
 PAIRS = ("float32", "divide", "multiply")
-"""Ways that run simulated and real."""
-
-
-def make_files(folder: Path, variant: str, device: str) -> tuple[Path, Path]:
-    """A re-ranged model in bfloat16, and converted and calibrated."""
-    original, converted, calibrated = (folder / f"{variant}_{kind}.safetensors" for kind in ("bf16", "fp8", "done"))
-    write_reranged(WEIGHTS, original, RERANGINGS[variant])
-    with open_checkpoint(original) as checkpoint:
-        convert(checkpoint, plan_conversion(checkpoint, ConvertOptions()), converted)
-    calibration = calibrate_model(converted, CalibrationOptions(device=device))
-    patch_model_with_scales(converted, calibration, calibrated)
-    return original, calibrated
+"""Ways that run both simulated and real."""
 
 
 def compare(variant: str, count: int, steps: int, device: str) -> tuple[dict[str, tuple[float, float]], int, int]:
-    """SQNR and its standard error by way; layers that multiply in FP8, and all quantized ones."""
-    emoji = (prompts.NAMES * count)[:count]  # each repeat starts from other noise
-    context, pooled = prompts.embed_all(emoji)
-    conditioning = {"encoder_hidden_states": torch.from_numpy(context), "pooled_projections": torch.from_numpy(pooled)}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        original, calibrated = (
-            stack.enter_context(open_checkpoint(path)) for path in make_files(Path(folder), variant, device)
-        )
-        reference = load(original, device=device, dtype=torch.float32)
-        found = {}
-        for way, options in WAYS.items():
-            model = load(calibrated, device=device, **options)
+    """SQNR and its standard error by way; number of layers that multiply in FP8, and of all quantized layers."""
+    names = (prompts.NAMES * count)[:count]  # each repeat starts from other noise
+    found = {}
+    with emoji.models(variant, device) as models:
+        calibrated = emoji.choice_of(models.calibrated(device=device))
+        conditioning = emoji.conditioning(models.reference, names)
+        for way, (dtype, arithmetic) in WAYS.items():
+            models.quantized = load(models.checkpoint, device=device, dtype=dtype, arithmetic="comfyui")
+            model = models.set(replace(calibrated, arithmetic=arithmetic))
             quantized = [module for module in model.linears.values() if not module.full_precision]
             fitting = [module for module in quantized if fits(module)]
             for name in (way, f"{way}, real") if way in PAIRS else (way,):
                 if name != way:
                     for module in fitting:
                         module.product = partial(real_product, module)  # type: ignore[method-assign]
-                result = velocity_fidelity(reference, model, conditioning, GEOMETRY, steps=steps, batch=count)
+                result = velocity_fidelity(
+                    models.reference, model, conditioning, models.geometry, steps=steps, batch=count
+                )
                 found[name] = (result.sqnr_db, result.standard_error_db)
-        return found, len(fitting), len(quantized)
+    return found, len(fitting), len(quantized)
 
 
 def fits(module: CheckpointLinear) -> bool:
-    """Whether the matrix units take a layer's codes as they are."""
+    """Whether matrix units can multiply a layer's codes."""
     layer = module.stored.layer
     shape = (module.out_features, module.in_features)
     return len(module.stored.pieces) == 1 and layer.granularity == "tensor" and DEFAULT.takes(shape)
 
 
 def real_product(module: CheckpointLinear, x: torch.Tensor, _index: int) -> torch.Tensor:
-    """What the matrix units give for `CheckpointLinear.product`."""
+    """`CheckpointLinear.product` on matrix units."""
     levels, weight_scale, _ = module.stored.multiplied(0)
     codes, scale = DEFAULT.inputs(x, module.input_scale, module.arithmetic)
     y: torch.Tensor = torch._scaled_mm(
@@ -112,7 +93,7 @@ def real_product(module: CheckpointLinear, x: torch.Tensor, _index: int) -> torc
 
 
 def sum_errors(rows: int, outs: int, ins: int) -> dict[str, float]:
-    """SQNR in dB of one product of random codes on the device, against exact sums of the same codes."""
+    """SQNR in dB of one matmul of random codes on the device, against exact sums."""
     generator = torch.Generator("cuda").manual_seed(0)
     x, w = (
         torch.randn(shape, generator=generator, device="cuda").mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -152,7 +133,7 @@ def main() -> None:
         cells = "".join(f"{db:9.2f} ({error:.2f})".rjust(16) for db, error in found.values())
         print(f"{variant:8}{cells}   {', '.join(f'{gap:+.3f}' for gap in gaps):>35}   {real:5} of {quantized}")
 
-    print("\nsums of one product, dB against exact ones")
+    print("\nsums of one matmul, dB against exact sums")
     for rows, outs, ins in ((512, 3072, 256), (512, 3072, 3072), (512, 3072, 15360)):
         print(f"{rows} x {outs} x {ins}: " + ", ".join(f"{k} {v:.1f}" for k, v in sum_errors(rows, outs, ins).items()))
     verdict = "met" if worst <= TOLERANCE_DB else "MISSED"

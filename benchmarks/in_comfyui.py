@@ -1,16 +1,16 @@
-"""What a real ComfyUI makes of our files: fidelity inside of it, its layers against our simulation, recording's cost.
+"""Our files in a real ComfyUI: fidelity, its layers against our simulation, and the cost of recording.
 
     python benchmarks/in_comfyui.py --comfyui-dir DIR [--device cuda] [--variants plain hot] [--json FILE]
 
-Needs a ComfyUI tree and the Python that runs it, and is made for a GPU, where ComfyUI takes its own FP8 kernels. Each
-variant of the emoji model is converted, calibrated by `--actcal`, recorded inside ComfyUI by our recorder (as the node
-does it) on the 16-bit file and on the FP8 file with scales of 1.0, and calibrated from that.
+Needs ComfyUI and its Python, and is meant for a GPU, where ComfyUI uses its FP8 kernels. Each variant of the emoji
+model is converted, calibrated by `--actcal`, recorded in ComfyUI by our recorder on the 16-bit file and on the FP8 file
+with scales of 1.0, and calibrated from these recordings.
 
-Fidelity is the velocity SQNR along the way of the original, against ComfyUI's own float32 run of it. Layers are
-compared on the inputs that ComfyUI gave them. Recording is timed in turns with the same sampling unrecorded, after one
-of each; whether latents stay the same to the last bit, and ranges are those of hooks put on by hand, is checked.
+Fidelity is the velocity SQNR along the original's trajectory, against ComfyUI's float32 run. Layers are compared on
+ComfyUI's own inputs. Recorded and plain sampling alternate, after one of each. Latents must be bit-identical, and
+ranges must equal those of plain hooks.
 
-Limits. cold is another network in bfloat16, in which ComfyUI computes on a GPU; it is not among the defaults.
+Limits. In bfloat16, which ComfyUI uses on a GPU, cold is a different network; it is not among the defaults.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def to_latents(tokens: Tensor) -> Tensor:
 
 
 def way(original: Path) -> dict[str, Tensor]:
-    """Noisy latents on the original's own guided way, at every noise level, as ComfyUI takes them."""
+    """ComfyUI's inputs on the original's guided trajectory, at every noise level."""
     with open_checkpoint(original) as checkpoint:
         model = load(checkpoint, dtype=torch.float32)
         steps = list(guided_way(model, PROMPTS, seed=SEED))
@@ -66,7 +66,7 @@ def way(original: Path) -> dict[str, Tensor]:
 
 
 def opened(path: Path, **options: Any) -> Any:
-    """A file as the node Load Diffusion Model loads it."""
+    """A file, loaded like Load Diffusion Model."""
     import comfy.sd
 
     return comfy.sd.load_diffusion_model(str(path), model_options=options)
@@ -84,7 +84,7 @@ def velocity(patcher: Any, states: Mapping[str, Tensor]) -> Tensor:
 
 
 def sample(patcher: Any) -> Tensor:
-    """What the sampler node does, with Euler steps."""
+    """Sample with Euler steps, like the sampler node."""
     import comfy.sample
     import comfy.samplers
 
@@ -107,7 +107,7 @@ def sample(patcher: Any) -> Tensor:
 
 
 def hooked(patcher: Any, see: Callable[[str, Tensor, Tensor], None], run: Callable[[], Tensor]) -> Tensor:
-    """A run, with a hook on every linear layer."""
+    """Run with a hook on every linear layer."""
     hooks = [
         module.register_forward_hook(lambda _, inputs, output, name=name: see(name, inputs[0], output))
         for name, module in find_linears(patcher.model.diffusion_model).items()
@@ -120,7 +120,7 @@ def hooked(patcher: Any, see: Callable[[str, Tensor, Tensor], None], run: Callab
 
 
 def recording(path: Path, output: Path) -> dict[str, Any]:
-    """Record a sampling, check that it changes nothing and sees all, and time it."""
+    """Record a sampling, compare it with plain hooks, and time it."""
     patcher = opened(path)
     ranges: dict[str, float] = {}
 
@@ -137,7 +137,7 @@ def recording(path: Path, output: Path) -> dict[str, Any]:
     for _ in range(REPEATS):
         for watched, model in ((False, patcher), (True, recorded)):
             start = time.perf_counter()
-            sample(model)  # its result is on the CPU
+            sample(model)  # synchronizes: its result is on the CPU
             seconds[watched].append(time.perf_counter() - start)
     return {
         "latents_identical": identical,
@@ -148,7 +148,7 @@ def recording(path: Path, output: Path) -> dict[str, Any]:
 
 
 def layers_agree(path: Path, states: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Layer by layer, on ComfyUI's own inputs: SQNR of our arithmetics against its outputs, worst and median."""
+    """SQNR of our arithmetics against ComfyUI's outputs, layer by layer on its inputs: worst and median."""
     patcher = opened(path)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -172,7 +172,7 @@ def layers_agree(path: Path, states: Mapping[str, Tensor]) -> dict[str, dict[str
 
 
 def measure(variant: str, folder: Path, device: str) -> dict[str, Any]:
-    """All figures of one variant."""
+    """All results of one variant."""
     files = {name: folder / f"{variant}_{name}.safetensors" for name in ("original", "1.0", "--actcal")}
     write_variant(variant, files["original"])
     convert_to_quant("-i", files["original"], "-o", files["1.0"])
@@ -198,15 +198,15 @@ def measure(variant: str, folder: Path, device: str) -> dict[str, Any]:
 
 
 def convert_to_quant(*words: str | Path) -> None:
-    """Our command line."""
+    """Run our command line."""
     if command_line([*map(str, words), "--quiet"]):
         raise SystemExit(1)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure all variants."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui-dir", help="a ComfyUI tree (COMFYUI_DIR)")
+    parser.add_argument("--comfyui-dir", help="ComfyUI's folder (COMFYUI_DIR)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--variants", nargs="+", default=["plain", "hot", "spiky"])
     parser.add_argument("--json", type=Path)
@@ -230,7 +230,7 @@ def main() -> None:
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     checks = [run[key] for row in rows for run in row["recording"].values() for key in run if key.endswith("identical")]
     if not all(checks):
-        raise SystemExit("recording changed latents, or missed a range")
+        raise SystemExit("recording changed latents or missed a range")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""GPTQ of llm-compressor and ModelOpt beside `--round`, on the same weights and moments: a table of docs/rounding.md.
+"""GPTQ of llm-compressor and ModelOpt against `--round`, on the same weights and moments: a table of docs/rounding.md.
 
     pip install --no-deps --target ~/tools llmcompressor==0.14.0.1 compressed-tensors==0.20.0 nvidia-modelopt==0.47.0
         accelerate datasets dill loguru multiprocess omegaconf antlr4-python3-runtime==4.9.3 pandas pulp pyarrow xxhash
     python benchmarks/other_rounding.py --site ~/tools --model qwen-image.safetensors
 
-Moments are gathered on noise, once. Each tool rounds each layer for them, with the damping, the order of columns and
-the scales that it has by default; where a format rotates, it is given the rotated weight and moments.
+Moments come from noise. Each tool rounds each layer with its default damping, column order and scales. For formats with
+rotation, tools get the rotated weight and moments.
 
-    nearest                        each weight to nearest
-    published                      GPTQ as published: columns in their order, 1 % damping, scales of rounding to nearest
-    feedback                       what `--round` writes
-    llm-compressor                 `quantize_weight` of its GPTQModifier, with the scales of its observer
-    ModelOpt                       `mtq.quantize` by "gptq", of a layer that is shown a square root of the moments
-    learned                        of a file that convert-to-quant 1.3.4 made of the model (`--learned nvfp4=FILE`)
+    nearest            each weight to nearest
+    published          GPTQ as published: columns in order, 1 % damping, scales of rounding to nearest
+    feedback           `--round`
+    llm-compressor     `quantize_weight` of its GPTQModifier, with the scales of its observer
+    ModelOpt           `mtq.quantize` with "gptq", of a layer whose input is a square root of the moments
+    learned            a file that convert-to-quant 1.3.4 made of the model (`--learned nvfp4=FILE`)
 
-Figures: the energy of the error of a layer's output, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), in dB (median over layers); SQNR of the
-velocity on held-out prompts, with all these layers so; seconds per layer, on a CPU those of the process alone.
-`--large OUT IN` rounds one weight of this size instead, in a process of its own: seconds, and the memory beyond the
-tool's, the weight's and the moments'. A tool that is missing, or cannot round to a format, has no row; stderr says why.
+Results: squared error of a layer's output, tr(ΔW H ΔWᵀ) / tr(W H Wᵀ), in dB (median over layers); SQNR of the velocity
+on held-out prompts, with all layers rounded; seconds per layer, on a CPU those of the process alone. `--large OUT IN`
+instead rounds one weight of this size in its own process: seconds, and memory besides the tool, the weight and the
+moments. A tool that is missing or cannot round to a format has no row; stderr says why.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from typing import Any
 import emoji_models as emoji
 import torch
 from formats import Judge
-from measure import in_fresh_process
+from measure import in_fresh_process, table
 from torch import Tensor
 
 from convert_to_quant import best
@@ -52,7 +52,7 @@ from convert_to_quant.rounding import round_weight
 from convert_to_quant.rounding.solver import error_of, rotated_moments
 
 Tool = Callable[[Tensor, Tensor, Format], Tensor]
-"""From a weight and its moments to the weight of the format, [out, in]; all rotated where the format rotates."""
+"""Weight, moments and format -> rounded weight, [out, in]; all rotated if the format has a rotation."""
 
 PUBLISHED_DAMPING = 0.01
 E4M3, E2M1 = (4, 3), (2, 1)
@@ -67,11 +67,11 @@ SCHEMES: Mapping[str, tuple[Mapping[str, Any], Mapping[Any, Any]]] = {
         {"num_bits": E2M1, "block_sizes": {-1: 16, "type": "static", "scale_bits": E4M3}},
     ),
 }
-"""The same format in llm-compressor's words and in ModelOpt's; others have W4A8 and W6A8 not at all."""
+"""Format -> its settings in llm-compressor and in ModelOpt. Neither has W4A8 and W6A8."""
 
 
 def own(method: Callable[[Tensor, Tensor, Format], Mapping[str, Tensor]]) -> Tool:
-    """A method of this package, which rotates by itself."""
+    """A method of this package. It rotates by itself."""
 
     def rounded(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> Tensor:
         config = fmt.config((weight_OI.shape[0], weight_OI.shape[1]), 0)
@@ -104,7 +104,7 @@ def llm_compressor(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> Tensor
 
 
 def model_opt(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> Tensor:
-    """Its whole procedure on one layer."""
+    """The whole procedure, on one layer."""
     import modelopt.torch.quantization as mtq
 
     layer = torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device=weight_OI.device)
@@ -124,7 +124,7 @@ def model_opt(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> Tensor:
 
 
 def published(weight_OI: Tensor, moments_II: Tensor, fmt: Format) -> dict[str, Tensor]:
-    """GPTQ as published (Frantar et al., arXiv 2210.17323), column by column, in the format's scales to nearest."""
+    """GPTQ as published (Frantar et al., arXiv 2210.17323), column by column, with scales of rounding to nearest."""
     parts = fmt.quantized(weight_OI)
     lattice = fmt.lattice(parts)
     group = fmt.group(fmt.config((weight_OI.shape[0], weight_OI.shape[1]), 0))
@@ -152,7 +152,7 @@ TOOLS: Mapping[str, Tool] = {
 
 
 class Real(trials.Simulated):
-    """A layer whose weight a tool rounded."""
+    """A layer with a weight that a tool rounded."""
 
     def __init__(self, weight_OI: Tensor, candidate: trials.Candidate, rounded_OI: Tensor) -> None:
         super().__init__(weight_OI, candidate)
@@ -160,7 +160,7 @@ class Real(trials.Simulated):
 
 
 def learned(path: Path, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tensor]]:
-    """Layers of a file that another tool wrote."""
+    """Weights of a file that another tool wrote."""
     with open_checkpoint(path) as checkpoint:
         quantized = find_layers(checkpoint).quantized
         for name in layers:
@@ -169,7 +169,7 @@ def learned(path: Path, layers: Mapping[str, Layer]) -> Iterator[tuple[str, Tens
 
 
 def measure(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    """Format, tool, dB of layers, dB of the velocity, seconds per layer; "–" where there is no figure."""
+    """Rows of format, tool, dB of layers, dB of the velocity, seconds per layer; "–" if not measured."""
     with emoji.checkpoint_of(args.model) as checkpoint:
         model = denoiser.load(checkpoint, device=args.device, dtype=torch.float32)
         judge = Judge(model, emoji.GEOMETRY, args.prompts)
@@ -210,7 +210,7 @@ def measure(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
 
 
 def attempted(tool: str, weight_OI: Tensor, form: Tensor, fmt: str) -> Tensor | None:
-    """What a tool makes of a weight; None, and why on stderr, where it cannot."""
+    """A weight rounded by a tool; None, with the reason on stderr, if it fails."""
     try:
         return TOOLS[tool](weight_OI, form, FORMATS[fmt])
     except (ImportError, RuntimeError) as error:
@@ -219,7 +219,7 @@ def attempted(tool: str, weight_OI: Tensor, form: Tensor, fmt: str) -> Tensor | 
 
 
 def large(tool: str, fmt: str, args: argparse.Namespace) -> tuple[str, ...]:
-    """Format, tool, seconds and GB of one weight, the second of two: the first loads what the tool needs."""
+    """Row of format, tool, seconds and GB for one weight, after a small one that loads the tool."""
     sys.path.append(args.site)
     torch.set_grad_enabled(False)
     generator = torch.Generator(device=args.device).manual_seed(0)
@@ -236,7 +236,7 @@ def large(tool: str, fmt: str, args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def clock(device: str) -> float:
-    """Seconds: of this process on a CPU, which may have other work; else when the device has done all."""
+    """Seconds: process time on a CPU, which may be shared; else wall-clock time after synchronization."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -244,7 +244,7 @@ def clock(device: str) -> float:
 
 
 def peak_bytes(device: str, *, anew: bool = False) -> int:
-    """The most that this process has held on the device; anew: what it holds now."""
+    """Peak memory of this process on the device; `anew` resets it."""
     if device != "cpu":
         if anew:
             torch.cuda.reset_peak_memory_stats()
@@ -256,14 +256,14 @@ def peak_bytes(device: str, *, anew: bool = False) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--site", default="", help="the folder that other tools were installed into")
-    parser.add_argument("--model", default="plain", help="a variant of the emoji model, or a file for 128 × 128 pixels")
+    parser.add_argument("--site", default="", help="folder with the other tools")
+    parser.add_argument("--model", default="plain", help="variant of the emoji model, or a file for 128 × 128 pixels")
     parser.add_argument("--formats", nargs="+", default=list(SCHEMES), choices=SCHEMES)
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
     parser.add_argument("--learned", action="append", default=[], metavar="FORMAT=FILE")
-    parser.add_argument("--every", type=int, default=1, help="take every n-th layer; over 1, no velocity")
+    parser.add_argument("--every", type=int, default=1, help="use every n-th layer; above 1, without velocity")
     parser.add_argument("--prompts", type=int, default=16, help="held-out prompts")
-    parser.add_argument("--large", nargs=2, type=int, metavar=("OUT", "IN"), help="of one weight instead")
+    parser.add_argument("--large", nargs=2, type=int, metavar=("OUT", "IN"), help="measure one weight instead")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     sys.path.append(args.site)
@@ -273,8 +273,7 @@ def main() -> None:
         found = (in_fresh_process(large, tool, fmt, args) for fmt, tool in product(args.formats, args.tools))
     else:
         heads, found = ("format", "tool", "layers, dB", "velocity, dB", "seconds per layer"), measure(args)
-    for cells in (heads, ["---"] * len(heads)):
-        print(f"| {' | '.join(cells)} |", flush=True)
+    print(table(heads, ()), flush=True)
     for cells in found:
         print(f"| {' | '.join(cells)} |", flush=True)
 

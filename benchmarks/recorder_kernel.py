@@ -1,10 +1,10 @@
-"""The Triton kernel that measures a layer's input, against its definition in torch and against a copy of the input.
+"""The Triton kernel that measures a layer's input, against its definition in torch and a copy of the input.
 
-They are timed on the inputs of Flux.1's linear layers (4,096 + 512 tokens), on which counts, histograms and absmax must
-be equal, and sums close; `tests/kernels/test_triton.py` tries other shapes, dtypes, strides and values. The kernel
-reads x once, so its limit is the bandwidth of reading. Two yardsticks: a kernel that reads x and adds up its words, and
-a device-to-device copy, which reads and writes ("of copy" compares bytes per second). Each timing is on the device's
-clock, after a write of 512 MiB has put x out of the L2 cache.
+Inputs are those of Flux.1's linear layers (4,096 + 512 tokens). Counts, histograms and absmax must be equal, and sums
+close; `tests/kernels/test_triton.py` tests other shapes, dtypes, strides and values. The kernel reads x once, so read
+bandwidth is its limit. References are a kernel that reads x and sums its words, and a device-to-device copy, which also
+writes ("of copy" compares bytes per second). Times are on the device's clock, after a write of 512 MiB has evicted x
+from the L2 cache.
 
     python benchmarks/recorder_kernel.py [--repeats 30] [--sweep]
 """
@@ -32,7 +32,7 @@ LAYERS = ((4608, 3072), (4608, 12288), (4608, 15360), (4096, 5120), (4608, 2560)
 
 
 def check(x: Tensor) -> float:
-    """Assert that kernel and definition agree on x, and return how far their sums of squares are apart, relative."""
+    """Assert that kernel and definition agree on x; returns the relative difference of their sums of squares."""
     totals = [Totals([x.shape[-1]], x.device) for _ in range(2)]
     for total, accumulate in zip(totals, (kernel.accumulate, reference.accumulate), strict=True):
         accumulate(total, 0, total.sigma_numbers[:1], x)
@@ -45,7 +45,7 @@ def check(x: Tensor) -> float:
 
 
 def seconds(work: Callable[[], object], repeats: int, flush: Tensor) -> list[float]:
-    """Time on the device of each of several runs, x out of its cache."""
+    """Device time of each run, with x not in the cache."""
     times = []
     for _ in range(repeats + 3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -59,7 +59,7 @@ def seconds(work: Callable[[], object], repeats: int, flush: Tensor) -> list[flo
 
 
 def inputs(rows: int, columns: int) -> dict[str, Tensor]:
-    """Inputs of three kinds: even, with a long tail and many zeros as after a GELU, and one value only."""
+    """Three kinds of inputs: normal, with a long tail and many zeros as after a GELU, and constant."""
     x = torch.randn(rows, columns, device="cuda")
     return {
         "normal": x.bfloat16(),
@@ -70,7 +70,7 @@ def inputs(rows: int, columns: int) -> dict[str, Tensor]:
 
 @triton.jit
 def _read_words(words, sums, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add up all words: the least that a kernel which reads x must do."""
+    """Sum all words: the least work of a kernel that reads x."""
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.int32)
     for start in range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
@@ -79,7 +79,7 @@ def _read_words(words, sums, size, BLOCK: tl.constexpr):  # type: ignore[no-unty
 
 
 def plain_read(x: Tensor) -> Callable[[], object]:
-    """A kernel that reads x and does next to nothing with it."""
+    """A kernel that reads x and does almost nothing else."""
     words = x.view(torch.int32)
     programs = 8 * torch.cuda.get_device_properties(x.device).multi_processor_count
     sums = torch.empty(programs, dtype=torch.int32, device=x.device)
@@ -87,7 +87,7 @@ def plain_read(x: Tensor) -> Callable[[], object]:
 
 
 def measure(x: Tensor, repeats: int, flush: Tensor) -> tuple[dict[str, list[float]], float]:
-    """Times of kernel, plain read, copy and definition, alternating in one run, and the host's time per call."""
+    """Times of kernel, plain read, copy and definition, alternating, and the host's time per call."""
     totals = Totals([x.shape[-1]] * 2, x.device)
     sigma = totals.sigma_numbers[2:3]
     target = torch.empty_like(x)
@@ -112,7 +112,7 @@ def measure(x: Tensor, repeats: int, flush: Tensor) -> tuple[dict[str, list[floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--sweep", action="store_true", help="also try other tile sizes")
+    parser.add_argument("--sweep", action="store_true", help="also measure other tile sizes")
     options = parser.parse_args()
 
     device = torch.cuda.get_device_properties(0)
@@ -150,7 +150,7 @@ SWEEP = (
 
 
 def sweep(repeats: int, flush: Tensor) -> None:
-    """Other tiles: microseconds on three of the layers by programs per multiprocessor."""
+    """Print microseconds with other tiles on three layers, by programs per multiprocessor."""
     big = [inputs(*shape)["normal"] for shape in ((512, 3072), (4608, 3072), (4608, 15360))]
     places = (1, 2, 3, 4, 6, 8)
     print(f"\n(loads, rows, columns, warps): us at 512 x 3072 / 4608 x 3072 / 4608 x 15360 with {places} programs each")

@@ -1,9 +1,8 @@
-"""How long choosing scales for 1,000 layers takes, and a report on them: median of some repeats, no checkpoint.
+"""Time of choosing scales for 1,000 layers, and of a report on them, without a checkpoint.
 
-Both are done right after observing, and again and again with one recording, so they should feel immediate: under 2
-seconds for the scales by any method, about a second for a report. Reading the statistics file, which must happen first,
-is the yardstick. The statistics are synthetic: drawn at random, with as many occupied bins (a few hundred) as real
-inputs have.
+Users repeat both with one recording, so they should feel immediate: under 2 seconds for scales by any method, about a
+second for a report. Reading the statistics file is the reference. The statistics are random, with as many occupied
+bins (a few hundred) as real inputs.
 
     python benchmarks/report.py [--layers 1000] [--repeats 5] [--picture]
 """
@@ -35,10 +34,10 @@ PARTS = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
 
 
 def recorded(layers: int, seed: int = 0) -> Statistics:
-    """Statistics of a made-up model: magnitudes grow with depth, and every part of a block has its own way.
+    """Statistics of an imaginary model: magnitudes grow with depth and differ between the layers of a block.
 
-    Normal inputs at eight noise levels; in a few layers one token in 64 is 10,000 times larger than the others, as
-    in Z-Image's MLPs.
+    Inputs are normal, at eight noise levels. In a few layers one token in 64 is 10,000 times larger, as in Z-Image's
+    MLPs.
     """
     random = np.random.default_rng(seed)
     names = [f"blocks.{number // len(PARTS)}.{PARTS[number % len(PARTS)]}" for number in range(layers)]
@@ -64,7 +63,7 @@ def recorded(layers: int, seed: int = 0) -> Statistics:
 
 
 def timed(repeats: int, work: Callable[[], Any]) -> list[float]:
-    """Seconds of each of some runs."""
+    """Seconds of each run."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -74,7 +73,7 @@ def timed(repeats: int, work: Callable[[], Any]) -> list[float]:
 
 
 def with_budget(method: str) -> SolveOptions:
-    """Options of a method, with what takes longest besides."""
+    """Options of a method, with a budget, which takes longest."""
     return SolveOptions(method=method, full_precision_budget=0.05)
 
 
@@ -82,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--picture", action="store_true", help="time the picture too; it needs matplotlib")
+    parser.add_argument("--picture", action="store_true", help="also time the image; needs matplotlib")
     args = parser.parse_args()
     observed = recorded(args.layers)
     present = {name: Present(1.0, False, SHAPE) for name in observed.layers}
