@@ -177,7 +177,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
     [
         (b'{"nodes": [], "links": []}', "which a server cannot run (in ComfyUI, use File > Export (API))"),
         (b"\xef\xbb\xbf[]", "not a workflow: expected a JSON object of nodes"),
-        (b"\x89PNG\r\n\x1a\n\xff", "cannot be read: it is no text in UTF-8 (in ComfyUI, use File > Export (API))"),
+        (b"\x89PNG\r\n\x1a\n\xff", "cannot be read: not UTF-8 text (in ComfyUI, use File > Export (API))"),
     ],
 )
 def test_what_is_no_workflow_is_refused(observe, work, content, said):

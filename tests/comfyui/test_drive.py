@@ -89,9 +89,9 @@ def test_two_models_are_recorded_apart(drive: Any, server: Any, tmp_path: Path) 
     ("name", "changed", "said"),
     [
         ("load", node("UNETLoader", unet_name="gone.safetensors", weight_dtype="default"),
-         "refused: node load (UNETLoader): Value not in list: unet_name: 'gone"),
+         "rejected the workflow: node load (UNETLoader): Value not in list: unet_name: 'gone"),
         ("size", node("EmptySD3LatentImage", width=99999, height=128, batch_size=1),
-         "refused: node size (EmptySD3LatentImage): Value 99999 bigger than max of 16384: width"),
+         "rejected the workflow: node size (EmptySD3LatentImage): Value 99999 bigger than max of 16384: width"),
         ("yes", node("CLIPTextEncode", text="break", clip=["clip", 0]),
          "failed in node yes (CLIPTextEncode) of type CLIPTextEncode: ValueError: these words break it"),
         ("size", node("FancySize"), "node size (FancySize): the server has no node of type FancySize"),

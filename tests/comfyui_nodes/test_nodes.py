@@ -96,7 +96,7 @@ def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
     function = dict(inspect.signature(getattr(node, node.FUNCTION)).parameters)
     shown = {**inputs["required"], **inputs.get("optional", {})}
     if function.pop("inputs", None):
-        known = {**inspect.signature(SolveOptions).parameters, **inspect.signature(solving).parameters}
+        known = {**inspect.signature(SolveOptions().__init__).parameters, **inspect.signature(solving).parameters}
         function |= {key: known[key] for key in shown if key in known}
 
     assert node.CATEGORY == "convert_to_quant"
