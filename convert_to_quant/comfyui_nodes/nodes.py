@@ -233,13 +233,11 @@ class Making(Reading):
         ENDING: suffix of the default output name; None: the format.
     """
 
+    FUNCTION = "make"
     ENDING: str | None = None
     RETURN_TYPES = ("STRING", "STRING")
     RETURN_NAMES = ("file", "report")
-    OUTPUT_TOOLTIPS = (
-        "Path of the new checkpoint in its models folder.",
-        "A summary of what was done.",
-    )
+    OUTPUT_TOOLTIPS = ("Path of the new checkpoint in its models folder.", "A summary of what was done.")
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -261,13 +259,29 @@ class Making(Reading):
 
         return _refusal(check)
 
-    def made(self, choice: folders.Choice, output: Path, lines: Sequence[str], node_id: str | None) -> dict[str, Any]:
-        """Report what was done, and the new file."""
-        more = len(lines) - _SHOWN_NOTES
-        text = "\n".join(lines[:_SHOWN_NOTES]) + (f"\nand {more} more notes" if more > 0 else "")
+    def make(
+        self,
+        *,
+        checkpoint: str,
+        output_name: str = "",
+        overwrite: bool = False,
+        unique_id: str | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Write the new checkpoint, and report what was done."""
+        choice = folders.choose_checkpoint(checkpoint)
+        output = choice.output(output_name, overwrite, self.ENDING or more["format"])
+        with open_checkpoint(choice.path) as opened:
+            lines = self.write(opened, output, unique_id, **more)
+        left_out = len(lines) - _SHOWN_NOTES
+        text = "\n".join(lines[:_SHOWN_NOTES]) + (f"\nand {left_out} more notes" if left_out > 0 else "")
         file = output.relative_to(choice.root).as_posix()
-        show_text(node_id, f"{lines[0]}\n{file}")
+        show_text(unique_id, f"{lines[0]}\n{file}")
         return {"ui": {"text": [f"{file}\n{text}"]}, "result": (file, text)}
+
+    def write(self, opened: Checkpoint, output: Path, node_id: str | None) -> list[str]:
+        """Write the new checkpoint; returns a line that says what was done, then notes."""
+        raise NotImplementedError
 
 
 class RecordActivations(Node):
@@ -396,7 +410,6 @@ class CalibrateFP8Checkpoint(Making):
     Writes a new checkpoint to the models folder. The source checkpoint stays unchanged.
     """
 
-    FUNCTION = "calibrate"
     ENDING = "calibrated"
     REQUIRED: Mapping[str, Input] = {
         "output_name": _text(
@@ -405,25 +418,14 @@ class CalibrateFP8Checkpoint(Making):
         "overwrite": OVERWRITE,
     }
 
-    def calibrate(
-        self,
-        *,
-        checkpoint: str,
-        output_name: str = "",
-        overwrite: bool = False,
-        unique_id: str | None = None,
-        **inputs: Any,
-    ) -> dict[str, Any]:
+    def write(self, opened: Checkpoint, output: Path, node_id: str | None, **inputs: Any) -> list[str]:
         """Solve for scales, and write the new checkpoint."""
-        choice = folders.choose_checkpoint(checkpoint)
-        output = choice.output(output_name, overwrite, self.ENDING)
         options, statistics, partial = solving(**inputs)
-        show_text(unique_id, f"calibrating {choice.path.name}")
-        with open_checkpoint(choice.path) as opened:
-            calibration = apply_statistics(opened, statistics, options, force=partial)
-            replaced = folders.prepare(output)
-            patch = patch_model_with_scales(opened, calibration, output)
-        return self.made(choice, output, [*summary(calibration), *replaced, *patch.notes], unique_id)
+        show_text(node_id, f"calibrating {opened.path.name}")
+        calibration = apply_statistics(opened, statistics, options, force=partial)
+        replaced = folders.prepare(output)
+        patch = patch_model_with_scales(opened, calibration, output)
+        return [*summary(calibration), *replaced, *patch.notes]
 
 
 class QuantizeCheckpoint(Making):
@@ -433,7 +435,6 @@ class QuantizeCheckpoint(Making):
     model on noise to measure each layer. Connect statistics to give FP8 layers calibrated input scales.
     """
 
-    FUNCTION = "quantize"
     CHECKPOINT = "A 16-bit or 32-bit checkpoint."
     SOLVING: Mapping[str, Input] = {}
     REQUIRED: Mapping[str, Input] = {
@@ -472,43 +473,29 @@ class QuantizeCheckpoint(Making):
         **{name: _OPTIONAL[name] for name in ("stats", "latent", "statistics_file", "allow_partial")},
     }
 
-    def quantize(
-        self,
-        *,
-        checkpoint: str,
-        format: str,  # noqa: A002
-        bits: float = 8.0,
-        gpu: str = "any",
-        exclude: str = "",
-        output_name: str = "",
-        overwrite: bool = False,
-        unique_id: str | None = None,
-        **inputs: Any,
-    ) -> dict[str, Any]:
+    def write(
+        self, opened: Checkpoint, output: Path, node_id: str | None, *, format: str = BEST,  # noqa: A002
+        bits: float = 8.0, gpu: str = "any", exclude: str = "", **inputs: Any,
+    ) -> list[str]:  # fmt: skip
         """Choose formats, and write the new checkpoint."""
-        choice = folders.choose_checkpoint(checkpoint)
-        output = choice.output(output_name, overwrite, format)
         options, solved = conversion_options(format, exclude), None
         if inputs.get("stats") is not None or inputs.get("statistics_file", "").strip():
             solved = solving(**inputs)
-        with open_checkpoint(choice.path) as opened:
-            plan = plan_conversion(opened, options)
-            refuse_damaged(opened, plan.table)
-            if solved is not None:  # reject another model's statistics before the work
-                wanted = {layer.name: layer for layer, _ in plan.quantized}
-                naming.fitting(solved[1], plan.table, wanted, force=solved[2])
-            done = plan.summary()
-            if format == BEST:
-                show_text(unique_id, f"trying formats on {choice.path.name}")
-                shown = RunOptions(device=_device())
-                best = plan_best(
-                    opened, options, BestOptions(bits=bits, gpu=gpu), shown, progress=shown_progress(unique_id)
-                )
-                plan, done = best.plan, best.summary()
-            show_text(unique_id, f"quantizing {choice.path.name}")
-            replaced = folders.prepare(output)
-            scaled = write_quantized(opened, plan, output, solved, shown_progress(unique_id))
-        return self.made(choice, output, [done, *replaced, *scaled, *plan.readers(), *plan.notes], unique_id)
+        plan = plan_conversion(opened, options)
+        refuse_damaged(opened, plan.table)
+        if solved is not None:  # reject another model's statistics before the work
+            wanted = {layer.name: layer for layer, _ in plan.quantized}
+            naming.fitting(solved[1], plan.table, wanted, force=solved[2])
+        done = plan.summary()
+        if format == BEST:
+            show_text(node_id, f"trying formats on {opened.path.name}")
+            sizes, shown = BestOptions(bits=bits, gpu=gpu), RunOptions(device=_device())
+            best = plan_best(opened, options, sizes, shown, progress=shown_progress(node_id))
+            plan, done = best.plan, best.summary()
+        show_text(node_id, f"quantizing {opened.path.name}")
+        replaced = folders.prepare(output)
+        scaled = write_quantized(opened, plan, output, solved, shown_progress(node_id))
+        return [done, *replaced, *scaled, *plan.readers(), *plan.notes]
 
 
 class ActivationReport(Reading):

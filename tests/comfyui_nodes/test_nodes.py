@@ -95,8 +95,9 @@ def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
     inputs = node.INPUT_TYPES()
     function = dict(inspect.signature(getattr(node, node.FUNCTION)).parameters)
     shown = {**inputs["required"], **inputs.get("optional", {})}
-    if function.pop("inputs", None):
+    if function.pop("inputs", None) or function.pop("more", None):
         known = {**inspect.signature(SolveOptions().__init__).parameters, **inspect.signature(solving).parameters}
+        known |= inspect.signature(node.write).parameters if hasattr(node, "write") else {}
         function |= {key: known[key] for key in shown if key in known}
 
     assert node.CATEGORY == "convert_to_quant"
@@ -217,7 +218,7 @@ def test_calibrated_scales_are_the_recorded_ranges(comfyui: Any, checkpoint: Pat
     before = checkpoint.read_bytes()
     statistics = recorded.statistics()
 
-    answer = CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, margin=1.5, stats=statistics)
+    answer = CalibrateFP8Checkpoint().make(checkpoint=NAME, margin=1.5, stats=statistics)
 
     file, text = answer["result"]
     assert file == "flux_calibrated.safetensors"
@@ -230,7 +231,7 @@ def test_calibrated_scales_are_the_recorded_ranges(comfyui: Any, checkpoint: Pat
 def test_statistics_come_from_a_file_as_well(comfyui: Any, checkpoint: Path, statistics: Callable[..., Any]) -> None:
     statistics(comfyui.shapes, 448.0).save(comfyui.root / "output" / "s.safetensors")
 
-    CalibrateFP8Checkpoint().calibrate(checkpoint=NAME, statistics_file="s", output_name="new/name", margin=1.0)
+    CalibrateFP8Checkpoint().make(checkpoint=NAME, statistics_file="s", output_name="new/name", margin=1.0)
 
     assert list(scales(comfyui.models / "new" / "name.safetensors").values()) == [1.0, 2.0, 3.0]
 
@@ -250,9 +251,9 @@ def test_an_existing_file_is_replaced_only_if_asked(comfyui: Any, checkpoint: Pa
     node, statistics = CalibrateFP8Checkpoint(), recorded.statistics()
 
     with pytest.raises(OutputError, match="already exists"):
-        node.calibrate(checkpoint=NAME, stats=statistics)
+        node.make(checkpoint=NAME, stats=statistics)
     assert output.read_bytes() == b"precious"
-    _, text = node.calibrate(checkpoint=NAME, stats=statistics, overwrite=True)["result"]
+    _, text = node.make(checkpoint=NAME, stats=statistics, overwrite=True)["result"]
     assert "replaced the existing file of that name" in text
     assert len(scales(output)) == 3
 
@@ -279,9 +280,9 @@ def test_layers_that_were_not_recorded_are_named_and_kept_if_asked(
     node = CalibrateFP8Checkpoint()
 
     with pytest.raises(StatisticsError, match=rf"2 of 3 layers differ .*{rest[0]}.*allow_partial") as caught:
-        node.calibrate(checkpoint=NAME, stats=partial)
+        node.make(checkpoint=NAME, stats=partial)
     assert all(name in str(caught.value) for name in rest)
-    file, text = node.calibrate(checkpoint=NAME, stats=partial, allow_partial=True, margin=1.5)["result"]
+    file, text = node.make(checkpoint=NAME, stats=partial, allow_partial=True, margin=1.5)["result"]
     assert text.splitlines()[1:] == [f"{name}: not in these statistics: keeps its scale" for name in rest]
     found = scales(comfyui.models / file)
     assert [found[name] for name in rest] == [1.0, 1.0]
@@ -437,7 +438,7 @@ def formats(path: Path) -> dict[str, str]:
 def quantized(name: str = "int8-convrot", **inputs: Any) -> tuple[str, str]:
     """The new file, and the report."""
     with torch.inference_mode():  # as ComfyUI runs nodes
-        told = QuantizeCheckpoint().quantize(checkpoint="diffusion_models/sub/flux.safetensors", format=name, **inputs)
+        told = QuantizeCheckpoint().make(checkpoint="diffusion_models/sub/flux.safetensors", format=name, **inputs)
     assert told["ui"]["text"] == ["\n".join(told["result"])]
     file, report = told["result"]
     return file, report
@@ -553,7 +554,7 @@ def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path
     fp8, *_ = comfyui.shapes
     given = {"checkpoint": "diffusion_models/mix.safetensors", "stats": recorded.statistics(), "margin": 1.5}
 
-    file, text = CalibrateFP8Checkpoint().calibrate(**given)["result"]
+    file, text = CalibrateFP8Checkpoint().make(**given)["result"]
     assert text.startswith("calibrated 1 of 1 layers")
     assert "left alone: 1 INT8 ConvRot layer, whose inputs readers scale dynamically" in text
     with open_checkpoint(comfyui.models / "mix.safetensors") as before, open_checkpoint(comfyui.models / file) as after:
@@ -564,6 +565,6 @@ def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path
 
     given["checkpoint"] = "diffusion_models/int8.safetensors"
     with pytest.raises(NoStaticScaleError, match="readers of its INT8 layers scale inputs dynamically"):
-        CalibrateFP8Checkpoint().calibrate(**given)
+        CalibrateFP8Checkpoint().make(**given)
     text = ActivationReport().draw(**given)["result"][1]
     assert text.startswith("No layer uses an input scale")
