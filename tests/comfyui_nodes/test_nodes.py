@@ -258,20 +258,6 @@ def test_an_existing_file_is_replaced_only_if_asked(comfyui: Any, checkpoint: Pa
     assert len(scales(output)) == 3
 
 
-def test_outputs_that_cannot_be_are_refused_before_anything_is_sampled(comfyui: Any, checkpoint: Path) -> None:
-    validate = CalibrateFP8Checkpoint.VALIDATE_INPUTS
-    (comfyui.models / "taken.safetensors").touch()
-
-    assert validate(NAME, "", False) is True
-    assert validate(None, "", False) is True
-    assert validate(NAME, "taken", True) is True
-    refused = validate(NAME, "taken", False)  # ComfyUI asks for the text once for each of the three inputs
-    assert ["already exists" in str(refused), str(refused), str(refused)] == [True, "see above", "see above"]
-    assert "same file as the input" in str(validate(NAME, "flux", True))
-    assert "is not a file name below" in str(validate(NAME, "../../escape", False))
-    assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../../x.safetensors", "", False))
-
-
 def test_layers_that_were_not_recorded_are_named_and_kept_if_asked(
     comfyui: Any, checkpoint: Path, recorded: Any
 ) -> None:
@@ -360,11 +346,43 @@ def test_names_outside_of_comfyuis_folders_are_refused(
     assert sorted(comfyui.root.rglob("*")) == before
 
 
-@pytest.mark.parametrize("node", [SaveActivationStats, SaveConditioning, ActivationReport])
-def test_names_are_checked_before_anything_is_sampled(comfyui: Any, node: Any) -> None:
-    assert node.VALIDATE_INPUTS("a/b") is node.VALIDATE_INPUTS() is True
-    assert "is not a file name below" in str(node.VALIDATE_INPUTS("../a"))
-    assert (node.VALIDATE_INPUTS("") is True) == (node is ActivationReport)
+SOURCE = "diffusion_models/sub/flux.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "said"),
+    [
+        *((node, {"filename_prefix": "a/b"}, "") for node in (SaveActivationStats, SaveConditioning, ActivationReport)),
+        *((node, {}, "") for node in NODE_CLASS_MAPPINGS.values() if hasattr(node, "VALIDATE_INPUTS")),
+        *((node, {"filename_prefix": "../a"}, "is not a file name below")
+          for node in (SaveActivationStats, SaveConditioning, ActivationReport)),
+        (SaveActivationStats, {"filename_prefix": ""}, "is not a file name below"),
+        (ActivationReport, {"filename_prefix": ""}, ""),
+        *((CalibrateFP8Checkpoint, {"checkpoint": name, "output_name": output, "overwrite": overwrite}, said)
+          for name, output, overwrite, said in (
+              (NAME, "", False, ""), (None, "", False, ""), (NAME, "taken", True, ""),
+              (NAME, "taken", False, "already exists"), (NAME, "flux", True, "same file as the input"),
+              (NAME, "../../escape", False, "is not a file name below"),
+              ("diffusion_models/../../x.safetensors", "", False, "ComfyUI lists no checkpoint"))),
+        *((QuantizeCheckpoint, {"checkpoint": SOURCE, "output_name": out, "overwrite": overwrite, "format": fmt}, said)
+          for out, overwrite, fmt, said in (
+              ("", True, "int8", ""), ("", False, "int8", "already exists"), ("", False, None, ""),
+              ("sub/flux", True, "int8", "same file as the input"),
+              ("", False, "fp8-row", "'fp8-row' is not a format that ComfyUI reads"),
+              ("", False, "", "'' is not a format"))),
+        (QuantizeCheckpoint, {"checkpoint": SOURCE, "exclude": "("}, "is no regular expression"),
+    ],
+)  # fmt: skip
+def test_inputs_are_checked_before_anything_is_sampled(
+    comfyui: Any, checkpoint: Path, original: Path, node: Any, inputs: dict[str, Any], said: str
+) -> None:
+    for name in ("taken", "sub/flux_int8"):
+        (comfyui.models / f"{name}.safetensors").touch()
+    refused = node.VALIDATE_INPUTS(**inputs)  # ComfyUI asks for the text once per input
+    if said:
+        assert [said in str(refused), str(refused), str(refused)] == [True, "see above", "see above"]
+    else:
+        assert refused is True
 
 
 # Report.
@@ -530,20 +548,6 @@ def test_best_says_where_a_model_cannot_be_run(comfyui: Any, original: Path) -> 
     with pytest.raises(UnsupportedModelError, match="cannot be run, so nothing was chosen"):
         quantized("best")
     assert list(original.parent.iterdir()) == [original]
-
-
-def test_what_cannot_be_quantized_is_refused_before_anything_runs(comfyui: Any, original: Path) -> None:
-    validate, name = QuantizeCheckpoint.VALIDATE_INPUTS, "diffusion_models/sub/flux.safetensors"
-    original.with_name("flux_int8.safetensors").touch()
-
-    assert validate() is validate(None, "", False, "int8") is validate(name, "", False) is True
-    assert validate(name, "", True, "int8") is True
-    assert "already exists" in str(validate(name, "", False, "int8"))
-    assert "same file as the input" in str(validate(name, "sub/flux", True, "int8"))
-    assert "'fp8-row' is not a format that ComfyUI reads" in str(validate(name, "", False, "fp8-row"))
-    assert "'' is not a format" in str(validate(name, "", False, ""))
-    assert "is no regular expression" in str(validate(name, exclude="("))
-    assert "ComfyUI lists no checkpoint" in str(validate("diffusion_models/../x.safetensors"))
 
 
 def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path, recorded: Any) -> None:

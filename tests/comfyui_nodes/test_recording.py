@@ -70,17 +70,6 @@ def test_samplings_that_end_early_leave_no_hook_and_add_nothing(
     assert (recorder.statistics().samples, recorder.samplings) == (2, 1)
 
 
-def test_clones_that_record_nothing_are_not_seen(comfyui: Any, noise: Tensor) -> None:
-    model, recorder = comfyui.model(), Recorder()
-    attached = recorder.attach(model)
-    comfyui.guider(attached).sample(noise)
-    before = recorder.statistics()
-
-    comfyui.guider(model).sample(noise)
-
-    assert recorder.statistics() == before
-
-
 def test_a_sampling_inside_of_a_sampling_is_counted_once(comfyui: Any, noise: Tensor) -> None:
     model, recorder = comfyui.model(), Recorder()
     attached = recorder.attach(model)

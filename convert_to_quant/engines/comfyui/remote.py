@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -102,17 +103,19 @@ def observe(
             before = _samples(saved)
             outputs = server.run(plan.queued(session, folder, run.prompt, run.seed))
             for model in plan.models:
-                for save in model.saves:
-                    note(saved[model.name], _file(server, outputs, save))
+                files = saved[model.name]
+                for file in (_file(server, outputs, save) for save in model.saves):
+                    key = file["recording"]
+                    files[key] = max(file, files.get(key, file), key=itemgetter("samples"))
             idle += before == _samples(saved)
             done += 1
         progress(done, len(runs))
         found = {name: _fetch(server, files) for name, files in saved.items()}
     except CalibrationError as error:
-        files = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.values()]
-        if not files:
+        names = [f"{file['subfolder']}/{file['filename']}" for each in saved.values() for file in each.values()]
+        if not names:
             raise
-        kept = f"statistics of {plural(done, 'run')} are in ComfyUI's output folder: {shown(', '.join(files))}"
+        kept = f"statistics of {plural(done, 'run')} are in ComfyUI's output folder: {shown(', '.join(names))}"
         hint = kept if error.hint is None else f"{error.hint}; {kept}"
         raise CalibrationError(error.problem, path=error.path, tensor=error.tensor, hint=hint) from None
     facts: dict[str, Any] = {"runs": len(runs), "prompts": len({run.prompt for run in runs})}
@@ -124,13 +127,6 @@ def observe(
 def _samples(saved: Mapping[str, Files]) -> int:
     """Number of samples in all files."""
     return sum(file["samples"] for files in saved.values() for file in files.values())
-
-
-def note(files: Files, file: Mapping[str, Any]) -> None:
-    """Add a file. Of each recorder, the file with the most samples stays."""
-    before = files.get(file["recording"])
-    if before is None or file["samples"] >= before["samples"]:
-        files[file["recording"]] = file
 
 
 def _file(server: Server, outputs: Mapping[str, Any], save: str) -> Mapping[str, Any]:

@@ -148,15 +148,6 @@ def test_an_address_may_have_a_path(serve: Any, flux: Nodes) -> None:
     assert all(not asked.partition(" ")[2].startswith("/proxy") for asked in double.requests)
 
 
-def test_a_run_is_asked_for_less_and_less_often(double: Any, flux: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "LATER_SECONDS", 3.0)
-    double.happen = lambda _: time.sleep(0.5)  # three steps of it
-    start = time.monotonic()
-    observe(double, flux, seeds=1)
-    assert time.monotonic() - start < 2.5, "a tenth of the run is waited too long at most"
-    assert double.requests.count("GET /queue") < 25
-
-
 # What goes wrong
 
 
@@ -319,11 +310,6 @@ def test_a_server_that_loses_the_run_is_given_up(double: Any, flux: Nodes, inste
         fails(double, flux, said, patience=HASTY)
     finally:
         release.set()
-
-
-def test_a_run_that_takes_long_is_waited_for(double: Any, flux: Nodes) -> None:
-    double.happen = lambda _: time.sleep(HASTY)
-    assert observe(double, flux, seeds=1, patience=HASTY)[0]["flux"].samples == 1
 
 
 def test_silence_is_counted_from_the_last_answer(double: Any, flux: Nodes) -> None:
@@ -533,13 +519,6 @@ def test_a_password_in_an_address_is_refused_and_not_said_again() -> None:
 @pytest.mark.parametrize("address", ["https://gpu.example:443/comfy/", "http://[::1]:8188", "http://r\u00fcbe.example"])
 def test_addresses_are_taken_as_they_are(address: str) -> None:
     assert check_address(address) == address.rstrip("/")
-
-
-def test_of_each_recorder_the_file_with_the_most_samples_counts() -> None:
-    files: remote.Files = {}
-    for recording, filename, samples in (("r", "1", 2), ("r", "2", 3), ("r", "1", 2), ("s", "2", 1)):
-        remote.note(files, {"recording": recording, "filename": filename, "samples": samples})
-    assert [(file["filename"], file["samples"]) for file in files.values()] == [("2", 3), ("2", 1)]
 
 
 def test_runs_need_something_to_vary(flux: Nodes, types: Any) -> None:

@@ -97,25 +97,6 @@ def test_a_run_has_its_prompt_and_seed_and_the_plan_stays(flux: Nodes, types: Ty
     assert (again["5"]["inputs"]["text"], again["9"]["inputs"]["seed"]) == ("a lighthouse", 1)
 
 
-def test_two_models_are_recorded_apart(wan: Nodes, types: Types) -> None:
-    made = found(wan, types)
-
-    assert made.models == (
-        Model("wan_high", ("1",), ("8",), (SAVE,)),
-        Model("wan_low", ("2",), ("9",), ("convert_to_quant_save_2",)),
-    )
-    queued = made.queued("session", "folder")
-    for number, (model, loader) in enumerate(zip(made.models, "12", strict=True), 1):
-        record = f"convert_to_quant_record_{number}"
-        assert queued[record]["inputs"]["model"] == [loader, 0]
-        assert queued[model.samplers[0]]["inputs"]["model"] == [record, 0]
-        assert queued[model.saves[0]]["inputs"] == {
-            "stats": [record, 1], "latent": [model.samplers[0], 0], "filename_prefix": f"folder/{model.name}"
-        }  # fmt: skip
-    assert made.texts == (Place("5", "text"),)
-    assert made.seeds == (Place("8", "noise_seed"), Place("9", "noise_seed"))
-
-
 def test_a_guider_is_where_the_model_goes_in(types: Types) -> None:
     nodes = {
         **BASE,
@@ -358,10 +339,6 @@ def test_an_output_that_no_node_has_is_no_link(flux: Nodes, types: Types, output
 def test_what_is_no_workflow_in_api_format_is_refused(text: str, said: str) -> None:
     with pytest.raises(CalibrationError, match=said):
         parse(text, "w.json")
-
-
-def test_a_workflow_is_read_as_it_is(flux: Nodes) -> None:
-    assert parse(json.dumps(flux)) == flux
 
 
 def test_no_sampler_is_told_with_what_is_unknown(flux: Nodes, types: Types) -> None:
