@@ -46,7 +46,7 @@ from convert_to_quant.formats import FORMATS
 from convert_to_quant.formats.rotation import rotate
 from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 
-CARDS = ("any", "rtx40", "rtx50")
+GPUS = ("any", "rtx40", "rtx50")
 BITS = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 8.0, 10.0)
 COMPARED = ("output", "weights", "ends", "random")
 COMPARED_BITS = (5.5, 6.5, 8.0)
@@ -100,11 +100,11 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
         model = denoiser.load(checkpoint, device=device, dtype=torch.float32)
         judge = Judge(model, geometry, count)
         found: dict[str, Any] = {"uniform": {}, "best": {}, "compared": {}, "seconds": {}}
-        for card in CARDS:
+        for gpu in GPUS:
             start = time.perf_counter()
-            options = BestOptions(bits=8.0, gpu=card)
+            options = BestOptions(bits=8.0, gpu=gpu)
             chosen = best.plan_best(checkpoint, ConvertOptions(), options, RunOptions(device=device))
-            found["seconds"][card] = round(time.perf_counter() - start, 1)
+            found["seconds"][gpu] = round(time.perf_counter() - start, 1)
             layers = {name: chosen.plan.table.plain[name] for name in chosen.mixes.weights}
             formats = [FORMATS[name] for name in CANDIDATES]
             could = best.candidates(layers, best.input_scales(checkpoint, layers, chosen.statistics), formats)
@@ -120,8 +120,8 @@ def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[s
                     if name == "nvfp4":
                         made = {layer: judge.simulated(layer, each, "mse") for layer, each in mix.items()}
                         found["uniform"][FOUR_OVER_SIX] = judge.judge(made)
-            found["best"][card] = curve(chosen.mixes, judged, BITS)
-            if card == "rtx40":
+            found["best"][gpu] = curve(chosen.mixes, judged, BITS)
+            if gpu == "rtx40":
                 for way, mixes in others(checkpoint, chosen, layers).items():
                     found["compared"][way] = curve(mixes, judged, COMPARED_BITS)
         return found
@@ -180,7 +180,7 @@ def uniform_table(result: Mapping[str, Any]) -> str:
             fmt = FORMATS[name.partition(",")[0]]
             yield name, f"{fmt.bits:g}", fmt.cards, *(f"{found['uniform'][name]:.1f}" for found in models.values())
 
-    return markdown(models, "format", "bits", "cards", rows=rows())
+    return markdown(models, "format", "bits", "GPUs", rows=rows())
 
 
 def best_table(result: Mapping[str, Any]) -> str:
@@ -188,12 +188,12 @@ def best_table(result: Mapping[str, Any]) -> str:
     models = result["models"]
 
     def rows() -> Iterator[tuple[str, ...]]:
-        for card, bits in product(CARDS, BITS):
-            points = [found["best"][card].get(f"{bits:g}") for found in models.values()]
+        for gpu, bits in product(GPUS, BITS):
+            points = [found["best"][gpu].get(f"{bits:g}") for found in models.values()]
             cells = ("–" if p is None else f"{p['sqnr_db']:.1f} ({p['expected_db']:.1f})" for p in points)
-            yield card, f"{bits:g}", *cells
+            yield gpu, f"{bits:g}", *cells
 
-    return markdown(models, "card", "bits", rows=rows())
+    return markdown(models, "GPU", "bits", rows=rows())
 
 
 def compared_table(result: Mapping[str, Any]) -> str:
@@ -219,14 +219,14 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
     """Missed requirements."""
     missed = []
     for model, found in result["models"].items():
-        for card in CARDS:
-            point = found["best"][card].get("8")
+        for gpu in GPUS:
+            point = found["best"][gpu].get("8")
             got = -np.inf if point is None else point["sqnr_db"]
-            taken = [name for name in best.CANDIDATES if card in FORMATS[name].native and FORMATS[name].bits <= 8]
+            taken = [name for name in best.CANDIDATES if gpu in FORMATS[name].native and FORMATS[name].bits <= 8]
             single = max(found["uniform"][name] for name in taken)
-            wanted = max(single - UNDER_ONE_FORMAT_DB, AIMS.get((card, title(model)), -np.inf))
+            wanted = max(single - UNDER_ONE_FORMAT_DB, AIMS.get((gpu, title(model)), -np.inf))
             if got < wanted:
-                missed.append(f"{title(model)}, {card}, 8 bits: {got:.2f} dB, required {wanted:.2f}")
+                missed.append(f"{title(model)}, {gpu}, 8 bits: {got:.2f} dB, required {wanted:.2f}")
     return missed
 
 

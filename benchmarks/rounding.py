@@ -56,7 +56,7 @@ from convert_to_quant.options import BestOptions, ConvertOptions, RunOptions
 WAYS = ("nearest", "rounded", "folded", "folded and rounded")
 ON_PROMPTS = "rounded on prompts"
 BITS = (4.5, 5.0, 5.5, 6.5, 8.0)
-CARD = "rtx50"
+GPU = "rtx50"
 INT8 = "int8-convrot"
 ALL_AIMED = ("plain", "hot", "spiky", "cold", "wild")
 AIMS: Mapping[tuple[str, str], Mapping[str, float]] = {
@@ -135,7 +135,7 @@ def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mix
 
 def best_mixes(checkpoint: Checkpoint, shown: RunOptions) -> dict[str, dict[str, str]]:
     """The mixes of `--best`, as formats by layer."""
-    chosen = best.plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=CARD), shown)
+    chosen = best.plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=GPU), shown)
     found = {}
     for bits in BITS:
         with suppress(OptionError):  # not even the smallest formats fit

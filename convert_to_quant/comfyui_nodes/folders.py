@@ -35,10 +35,10 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         OptionError: the name is empty, not plain, or leads outside.
     """
-    said = PureWindowsPath(name)
-    if not said.parts or said.anchor or any(map(_is_bad, said.parts)):
+    parsed = PureWindowsPath(name)
+    if not parsed.parts or parsed.anchor or any(map(_is_bad, parsed.parts)):
         raise OptionError(f"{name!r} is not a file name below {folder}", hint="use plain names, with / between folders")
-    path = folder.joinpath(*said.parts)
+    path = folder.joinpath(*parsed.parts)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise OptionError(f"{name!r} leads out of {folder} through a symbolic link", hint="choose another folder")
     return path

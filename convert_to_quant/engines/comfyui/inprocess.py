@@ -354,7 +354,7 @@ def observe(
                 seed=seed,
                 lora=sorted(adapter.checkpoint.path.name for adapter in adapters),
             )
-    for text in messages.said:
+    for text in messages.texts:
         warn(text)
     return seen
 

@@ -16,7 +16,7 @@ from ...families.comfyui import BASE, Conditions, Scene, Want, Wrap, as_it_is, m
 from ...families.running import Signal
 from .. import noise
 
-PICTURES, IDS = 1 << 31, 1 << 32
+IMAGES, IDS = 1 << 31, 1 << 32
 """Offsets of random streams for images and token ids, beyond any trajectory's number."""
 
 NOT_GENERATIVE: Mapping[str, str] = {
@@ -88,7 +88,7 @@ def draw(
     values: dict[str, Tensor] = noise.conditioning(signals, way, seed, number)
     for place, (name, (want, shape)) in enumerate(entries.items()):
         if want.kind in ("encoded", "signal"):
-            drawn = noise.latents(shape, seed, PICTURES + number * len(entries) + place)
+            drawn = noise.latents(shape, seed, IMAGES + number * len(entries) + place)
             values[name] = as_encoded(drawn) if want.kind == "encoded" else drawn
         elif want.kind == "ids":
             rng = np.random.default_rng((seed, IDS + number * len(entries) + place))

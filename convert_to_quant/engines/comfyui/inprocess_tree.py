@@ -25,7 +25,7 @@ from pathlib import Path
 from ...errors import CalibrationError, Error, OptionError, StrPath, UnsupportedModelError
 from ...options import COMFYUI_VARIABLE as VARIABLE
 
-MARKS = ("comfy/sd.py", "comfy/model_detection.py")
+REQUIRED_FILES = ("comfy/sd.py", "comfy/model_detection.py")
 """Files that identify a ComfyUI tree."""
 
 VERSION_FILE = "comfyui_version.py"
@@ -51,7 +51,7 @@ def folder_of(given: StrPath | None) -> Path:
             "the ComfyUI engine needs ComfyUI", hint=f"set --comfyui-dir DIR or the environment variable {VARIABLE}"
         )
     folder = Path(named).expanduser().resolve()
-    missing = [mark for mark in MARKS if not (folder / mark).is_file()]
+    missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if missing:
         raise OptionError(
             f"{folder} is not a ComfyUI tree: it has no {missing[0]}",
@@ -74,16 +74,16 @@ class Messages(logging.Handler):
     """Collects ComfyUI's warnings and errors.
 
     Attributes:
-        said: their texts, each once.
+        texts: of them, each once.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.said: dict[str, None] = {}
+        self.texts: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         """Add one."""
-        self.said.setdefault(" ".join(record.getMessage().split()))
+        self.texts.setdefault(" ".join(record.getMessage().split()))
 
 
 @contextmanager

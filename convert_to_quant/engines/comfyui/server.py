@@ -275,8 +275,8 @@ class Server:
         return StatusError(problem, path=self.address, hint="is this the address of ComfyUI?")
 
     def _no_answer(self, reason: object) -> NoAnswerError:
-        said = getattr(reason, "strerror", None) or str(reason) or repr(reason)
-        error = NoAnswerError(f"no answer: {shown(said)}", path=self.address, hint="is ComfyUI running there?")
+        text = getattr(reason, "strerror", None) or str(reason) or repr(reason)
+        error = NoAnswerError(f"no answer: {shown(text)}", path=self.address, hint="is ComfyUI running there?")
         error.refused = isinstance(reason, ConnectionRefusedError)
         return error
 
@@ -304,8 +304,8 @@ def _refusal(answer: Mapping[str, Any], nodes: Nodes) -> str:
 
 def _failure(messages: list[Any], nodes: Nodes) -> str:
     """Why a run failed."""
-    for kind, said in (message for message in messages if len(as_list(message)) == 2):
-        data = as_object(said)
+    for kind, found in (message for message in messages if len(as_list(message)) == 2):
+        data = as_object(found)
         where = f"{title(nodes, str(data.get('node_id')))} of type {shown(data.get('node_type'))}"
         if kind == "execution_error":
             what = shown(data.get("exception_message")) or "no message"

@@ -101,9 +101,9 @@ class NodeType:
         """From an entry of ComfyUI's `/object_info`."""
         inputs = {}
         for group in ("required", "optional"):
-            for name, said in (info["input"].get(group) or {}).items():
-                options = said[1] if len(said) > 1 and isinstance(said[1], dict) else {}
-                kind = said[0] if said else ANY
+            for name, spec in (info["input"].get(group) or {}).items():
+                options = spec[1] if len(spec) > 1 and isinstance(spec[1], dict) else {}
+                kind = spec[0] if spec else ANY
                 choices = kind if isinstance(kind, list) else options.get("options")
                 inputs[name] = Input(_kind(kind), options, choices if isinstance(choices, list) else None)
         outputs = tuple(_kind(kind) for kind in info["output"])
@@ -114,9 +114,9 @@ UNKNOWN = NodeType({}, (), ())
 """A class that the server does not have. Its links may have any type."""
 
 
-def _kind(said: Any) -> str:
+def _kind(declared: Any) -> str:
     """Name of a type; a list is a COMBO."""
-    kind = said if isinstance(said, str) else "COMBO"
+    kind = declared if isinstance(declared, str) else "COMBO"
     return ANY if kind in _WILDCARDS else kind
 
 
@@ -248,8 +248,8 @@ def title(nodes: Nodes, name: str) -> str:
     if name not in nodes:
         return shown(f"node {name}")
     meta = nodes[name].get("_meta")
-    said = meta.get("title") if isinstance(meta, dict) else None
-    return shown(f"node {name} ({said if isinstance(said, str) and said else nodes[name]['class_type']})")
+    text = meta.get("title") if isinstance(meta, dict) else None
+    return shown(f"node {name} ({text if isinstance(text, str) and text else nodes[name]['class_type']})")
 
 
 def shown(text: object, most: int = 300) -> str:
@@ -374,9 +374,9 @@ class _Graph:
                 continue
             onwards = list(self._positive(link.node))
             ways += [other for other in onwards if other not in ways]
-            for key, said in self.type(link.node).inputs.items():
-                prompt = said.options.get("dynamicPrompts") or (said.options.get("multiline") and not onwards)
-                known = said.kind == "STRING" and key in self.nodes[link.node]["inputs"]
+            for key, declared in self.type(link.node).inputs.items():
+                prompt = declared.options.get("dynamicPrompts") or (declared.options.get("multiline") and not onwards)
+                known = declared.kind == "STRING" and key in self.nodes[link.node]["inputs"]
                 if prompt and known and not _NEGATIVE.search(key):
                     yield Place(link.node, key)
 
@@ -389,9 +389,9 @@ class _Graph:
             yield from self._own_seeds(name)
 
     def _own_seeds(self, name: str) -> Iterator[Place]:
-        for key, said in self.type(name).inputs.items():
-            seed = key in _SEED_NAMES or said.options.get("control_after_generate")
-            if seed and said.kind == "INT" and key in self.nodes[name]["inputs"]:
+        for key, declared in self.type(name).inputs.items():
+            seed = key in _SEED_NAMES or declared.options.get("control_after_generate")
+            if seed and declared.kind == "INT" and key in self.nodes[name]["inputs"]:
                 yield Place(name, key)
 
 
@@ -438,10 +438,10 @@ def _insert(nodes: Nodes, graph: _Graph, link: Link, users: list[tuple[str, Plac
     ]
 
 
-def _new(nodes: Nodes, what: str, kind: str, said: str, inputs: dict[str, Any]) -> str:
+def _new(nodes: Nodes, what: str, kind: str, shown_title: str, inputs: dict[str, Any]) -> str:
     """Add one of our nodes; returns its id."""
     name = next(name for n in count(1) if (name := f"convert_to_quant_{what}_{n}") not in nodes)
-    nodes[name] = {"class_type": kind, "inputs": inputs, "_meta": {"title": said}}
+    nodes[name] = {"class_type": kind, "inputs": inputs, "_meta": {"title": shown_title}}
     return name
 
 

@@ -36,7 +36,7 @@ def scene(network: nn.Module | None = None, **config: int) -> Scene:
 def tree(tmp_path: Path) -> Path:
     """A folder that looks like ComfyUI from outside."""
     (tmp_path / "comfy").mkdir()
-    for name in inprocess_tree.MARKS:
+    for name in inprocess_tree.REQUIRED_FILES:
         (tmp_path / name).touch()
     (tmp_path / inprocess_tree.VERSION_FILE).write_text('# generated\n__version__ = "0.33.0"\n')
     return tmp_path
@@ -240,7 +240,7 @@ def test_comfyui_gets_a_command_line_of_its_own_and_leaves_no_trace(
         assert comfy.cli_args.args.cpu
         assert comfy.cli_args.args.words == ["main.py", "--cpu"]
 
-    assert list(messages.said) == ["a warning"]
+    assert list(messages.texts) == ["a warning"]
     assert (sys.argv, sys.path, logging.getLogger().handlers) == (argv, path, handlers)
     assert capsys.readouterr().out == ""  # stdout is data
     assert not list(tree.rglob("__pycache__"))
