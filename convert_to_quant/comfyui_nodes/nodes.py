@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,12 @@ def _text(tooltip: str, default: str = "", **more: Any) -> Input:
     return "STRING", {"default": default, "tooltip": tooltip, **more}
 
 
+def _by_gpus() -> Iterator[str]:
+    """Formats with the same native GPUs, and these GPUs."""
+    for gpus in dict.fromkeys(FORMATS[name].cards for name in QUANTIZED[:-1]):
+        yield f"{', '.join(name for name in QUANTIZED[:-1] if FORMATS[name].cards == gpus)} ({gpus})"
+
+
 def _switch(tooltip: str) -> Input:
     return "BOOLEAN", {"default": False, "tooltip": tooltip}
 
@@ -102,7 +108,7 @@ _OPTIONAL: Mapping[str, Input] = {
     ),
     "statistics_file": _text("Instead of stats: path of a statistics file in ComfyUI's output or input folder."),
     **inputs_of(
-        SolveOptions, {"percentile": {"min": 0.01, "tooltip": "For method percentile: clips inputs above it."}}
+        SolveOptions, {"percentile": {"min": 0.01, "tooltip": "For method percentile: larger inputs are clipped."}}
     ),
     "allow_partial": _switch("Continue if some FP8 layers were not recorded. These keep their current scales."),
 }
@@ -287,8 +293,8 @@ class Making(Reading):
 class RecordActivations(Node):
     """Records the inputs of every linear layer while a sampler runs this MODEL.
 
-    Does not change the images, not even by a bit. Statistics accumulate over prompts and seeds until the model changes.
-    Record the 16-bit model if you can.
+    Images stay bit-identical. Statistics accumulate over prompts and seeds until the model changes. Record the 16-bit
+    model if you can.
     """
 
     FUNCTION = "record"
@@ -442,8 +448,8 @@ class QuantizeCheckpoint(Making):
             list(QUANTIZED),
             {
                 "default": BEST,
-                "tooltip": f"{BEST}: each layer in the format that preserves image quality at this size. "
-                + " ".join(f"{name}: fast on {FORMATS[name].cards}." for name in QUANTIZED if name != BEST),
+                "tooltip": f"{BEST}: the mix of formats with the highest quality at this size. Others: one format, "
+                f"fast on the GPUs in brackets. {'; '.join(_by_gpus())}.",
             },
         )
     }
