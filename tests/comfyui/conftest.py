@@ -1,9 +1,9 @@
-"""The real ComfyUI as a reader of our files. These tests need a ComfyUI 0.33 tree and a Python that has what it needs:
+"""The real ComfyUI as a reader of our files. They need a ComfyUI 0.33 tree and its Python dependencies:
 
     COMFYUI_DIR=/path/to/ComfyUI python -m pytest tests/comfyui
 
-Without COMFYUI_DIR they skip. With it, ComfyUI runs in a process of its own (`processes.py`), on the CPU, with FP8
-products (`--supports-fp8-compute`). The figures that the tests measure are printed behind pytest's own summary.
+Without COMFYUI_DIR they skip. With it, ComfyUI runs in its own process (`processes.py`), on the CPU, with FP8
+products (`--supports-fp8-compute`). Measured results are printed after pytest's summary.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PREFIX = "model.diffusion_model."
 HEADER = "_quantization_metadata"
 
 Change = Callable[[dict[str, Any], dict[str, Any]], object]
-"""Changes the tensors of a file, and its header's marks."""
+"""Changes the tensors of a file, and the layers' quantization configs in its header."""
 
 FIGURES: list[tuple[str, float]] = []
 
@@ -58,7 +58,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def figure() -> Callable[[str, float], float]:
-    """figure(text, dB): keep a figure for the summary."""
+    """figure(text, dB): keep a result for the summary."""
 
     def figure(text: str, value_db: float) -> float:
         FIGURES.append((text, value_db))
@@ -82,11 +82,11 @@ def comfyui(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[pr
 
 @dataclass(frozen=True)
 class Files:
-    """One model, as a user of our command line has it.
+    """One model, made by our command line.
 
     Attributes:
         original: in high precision.
-        converted: in FP8, without input scales, which ComfyUI takes for 1.0.
+        converted: in FP8, without input scales; ComfyUI then uses 1.0.
         calibrated: in FP8, after `--actcal --in-place`.
     """
 
@@ -103,8 +103,8 @@ def command(*words: str | Path) -> None:
 def reranged(path: Path, reranging: Reranging) -> Path:
     """A re-ranging of the emoji model in float32.
 
-    In bfloat16 the cold one is another network: its norms' scales are 1e-3, as 1 + (-0.999), and -0.999 is rounded to
-    1/256. ComfyUI computes in float32 on a CPU, so what the file holds is what runs.
+    In bfloat16 the cold one is a different network: its norms' scales are 1e-3, stored as 1 + (-0.999), and -0.999 is
+    rounded to 1/256. ComfyUI computes in float32 on a CPU, so the file's values are used unchanged.
     """
     with open_checkpoint(emoji.WEIGHTS) as checkpoint:
         tensors = rerange({name: checkpoint.float32(name) for name in checkpoint.tensors}, reranging)
@@ -138,8 +138,8 @@ def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) 
 def server(
     tree: Path, files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[processes.Server]:
-    """A server with our pack and, in its lists, the emoji model, its hot re-ranging in 16 bits and in FP8, and that
-    under the names that the example workflows have; `stand_ins.py` has its text encoders and VAE.
+    """A server with our pack, the emoji model, and its hot re-ranging in 16 bits and FP8, also under the names in the
+    example workflows; `stand_ins.py` has its text encoders and VAE.
     """
     work = tmp_path_factory.mktemp("server")
     for folder in (
@@ -166,8 +166,8 @@ def server(
 
 @pytest.fixture(scope="session")
 def changed() -> Callable[[Path, Path, Change], Path]:
-    """changed(path, output, change): a file with its tensors and its header's marks changed, by the safetensors
-    package; no marks, no header.
+    """changed(path, output, change): a changed copy of a file, made by the safetensors package; without configs,
+    it has no header entry.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -184,7 +184,7 @@ def changed() -> Callable[[Path, Path, Change], Path]:
 
 
 def calibrated_like(files: Files, converted: Path, output: Path) -> Path:
-    """Give another spelling of the same model the scales and marks that the default spelling was calibrated to."""
+    """Copy the calibrated scales and precisions to a file of the same model in another convention."""
     from convert_to_quant.layers import find_layers, input_scale
     from convert_to_quant.patch import LayerChange, plan_patch, rewrite
 
@@ -198,35 +198,35 @@ def calibrated_like(files: Files, converted: Path, output: Path) -> Path:
     return output
 
 
-def put_prefixes(tensors: dict[str, Any], _marks: object) -> None:
+def put_prefixes(tensors: dict[str, Any], _configs: object) -> None:
     for name in list(tensors):
         tensors[PREFIX + name] = tensors.pop(name)
 
 
-def keep_the_header(tensors: dict[str, Any], _marks: object) -> None:
+def keep_the_header(tensors: dict[str, Any], _configs: object) -> None:
     for name in [name for name in tensors if name.endswith(".comfy_quant")]:
         del tensors[name]
 
 
-def disagree(_tensors: object, marks: dict[str, Any]) -> None:
-    for number, entry in enumerate(marks.values()):
+def disagree(_tensors: object, configs: dict[str, Any]) -> None:
+    for number, entry in enumerate(configs.values()):
         entry["full_precision_matrix_mult"] = number % 3 == 0
 
 
 CHANGES: Mapping[str, Change] = {
     "header only": keep_the_header,
-    "tensors only": lambda _, marks: marks.clear(),
+    "tensors only": lambda _, configs: configs.clear(),
     "header disagrees": disagree,
     "without FP8 products": lambda tensors, _: tensors.update(scaled_fp8=tensors["scaled_fp8"].new_zeros(2)),
 }
 
 
 @pytest.fixture(scope="session")
-def spelled(
+def in_convention(
     files: Callable[[str], Files], changed: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """spelled("prefixed header only"): the calibrated plain model in a spelling, every word of which changes it."""
-    folder = tmp_path_factory.mktemp("spellings")
+    """in_convention("prefixed header only"): the calibrated plain model in a convention."""
+    folder = tmp_path_factory.mktemp("conventions")
 
     @cache
     def make(name: str) -> Path:
@@ -251,7 +251,7 @@ def to_tokens(latents: Tensor) -> Tensor:
 
 
 def to_latents(tokens: Tensor) -> Tensor:
-    """The other way round."""
+    """The inverse of `to_tokens`."""
     side = emoji.SIDE_TOKENS
     split = tokens.unflatten(1, (side, side)).unflatten(3, (-1, 2, 2))
     return split.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
@@ -284,11 +284,11 @@ class Ours:
             yield diffusers.load(checkpoint, arithmetic=arithmetic, dtype=dtype, **how)
 
     def start(self) -> dict[str, Tensor]:
-        """What sampling starts from, as ComfyUI takes it."""
+        """ComfyUI's inputs at the start of sampling."""
         return {"x": to_latents(self.noise), "context": self.context, "y": self.pooled}
 
     def states(self) -> dict[str, Tensor]:
-        """What both engines evaluate: noisy latents on the original's own way, every prompt at every noise level."""
+        """Inputs for both engines: noisy latents on the original's trajectory, every prompt at every noise level."""
         import torch
 
         tokens, prompts = [], []
@@ -316,7 +316,7 @@ class Ours:
 
     @staticmethod
     def sqnr_db(wanted: Tensor, found: Tensor) -> float:
-        """As our `fidelity` has it: the mean over evaluations."""
+        """Mean over evaluations, as in `fidelity`."""
         from convert_to_quant.fidelity import sqnr_db
 
         return float(sqnr_db(wanted, found).mean())
@@ -325,7 +325,7 @@ class Ours:
         self, path: Path, seen: Mapping[str, Tensor], dtype: torch.dtype, adapters: Any = None,
         in_floats: Collection[str] = (), **how: Any,
     ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:  # fmt: skip
-        """What ComfyUI computed (`evaluate` with `record`) and what we do of its inputs, by module and first layer."""
+        """Outputs of ComfyUI (`evaluate` with `record`) and ours for its inputs, by module and first layer."""
         import torch
 
         found = {}

@@ -1,4 +1,4 @@
-"""ComfyUI's loaders read our files as we say: which layers are FP8, their scales, and which run in full precision."""
+"""ComfyUI's loaders agree with us on a file: FP8 layers, their scales, and layers in full precision."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ LOADERS = ("diffusion_model", "checkpoint")
 QUIET = [(name, "diffusion_model") for name in (*BARE, "prefixed tensors only", "prefixed legacy")] + [
     (name, "checkpoint") for name in PREFIXED
 ]
-"""Spellings and loaders without a word of warning. The checkpoint loader complains of every bare file, FP8 or not."""
+"""Conventions and loaders without warnings. The checkpoint loader warns about every bare file, FP8 or not."""
 
 
-def as_we_say(path: Path) -> dict[str, Any]:
+def as_we_read(path: Path) -> dict[str, Any]:
     """Every linear layer of a file, in the words of ComfyUI's module."""
     with open_checkpoint(path) as checkpoint:
         table = find_layers(checkpoint)
-        said: dict[str, Any] = {}
+        found_here: dict[str, Any] = {}
         for layer in table.linear():
             entry: dict[str, Any] = {"quant_format": None, "weight_shape": list(layer.weight.shape)}
             if layer.format is not None:
@@ -46,34 +46,34 @@ def as_we_say(path: Path) -> dict[str, Any]:
                     "input_scale": input_scale(checkpoint, layer),
                     "full_precision": layer.full_precision,
                 }
-            said[layer.name.removeprefix(table.prefix)] = entry
-    return said
+            found_here[layer.name.removeprefix(table.prefix)] = entry
+    return found_here
 
 
-def as_comfyui_says(layers: dict[str, Any]) -> dict[str, Any]:
+def as_comfyui_reads(layers: dict[str, Any]) -> dict[str, Any]:
     """The same of what ComfyUI loaded. It drops a legacy scale of 1.0, which says the same."""
     of_all = ("quant_format", "weight_shape")
     of_fp8 = ("weight_class", "weight_dtype", "weight_scale", "full_precision")
-    said = {}
+    found_here = {}
     for name, layer in layers.items():
-        said[name] = {key: layer[key] for key in of_all}
+        found_here[name] = {key: layer[key] for key in of_all}
         if layer["quant_format"] is not None:
-            said[name] |= {key: layer[key] for key in of_fp8} | {"input_scale": layer["input_scale"] or 1.0}
-    return said
+            found_here[name] |= {key: layer[key] for key in of_fp8} | {"input_scale": layer["input_scale"] or 1.0}
+    return found_here
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("spelling", [*BARE, *PREFIXED])
-def test_every_layer_is_read_as_we_say(
-    comfyui: Any, spelled: Callable[[str], Path], spelling: str, loader: str
+@pytest.mark.parametrize("convention", [*BARE, *PREFIXED])
+def test_every_layer_is_read_as_we_read(
+    comfyui: Any, in_convention: Callable[[str], Path], convention: str, loader: str
 ) -> None:
-    path = spelled(spelling)
-    said = as_we_say(path)
+    path = in_convention(convention)
+    found_here = as_we_read(path)
 
     found = comfyui.load(path, "read", loader=loader)
 
     assert found["model"] == "Flux"
-    assert as_comfyui_says(found["layers"]) == said
+    assert as_comfyui_reads(found["layers"]) == found_here
     fp8 = [layer for layer in found["layers"].values() if layer["quant_format"]]
     assert len(fp8) == 32
     assert all(layer["class"].endswith("MixedPrecisionOps.Linear") for layer in fp8)
@@ -81,21 +81,21 @@ def test_every_layer_is_read_as_we_say(
 
 
 def test_calibrated_files_have_their_own_scales_and_full_precision(
-    comfyui: Any, spelled: Callable[[str], Path]
+    comfyui: Any, in_convention: Callable[[str], Path]
 ) -> None:
     # What the test above compares is not all alike: a reader that ignored it would be seen.
-    layers = as_we_say(spelled("default")).values()
+    layers = as_we_read(in_convention("default")).values()
     fp8 = [layer for layer in layers if layer["quant_format"]]
 
     assert len({layer["input_scale"] for layer in fp8}) > 20
     assert sum(layer["full_precision"] for layer in fp8) == 8
-    assert all(layer["full_precision"] for layer in as_we_say(spelled("legacy without FP8 products")).values()
+    assert all(layer["full_precision"] for layer in as_we_read(in_convention("legacy without FP8 products")).values()
                if layer["quant_format"])  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["converted", "legacy"])
 def test_files_before_calibration_have_scales_of_one(
-    comfyui: Any, files: Callable[[str], Any], spelled: Callable[[str], Path], tmp_path: Path, name: str
+    comfyui: Any, files: Callable[[str], Any], in_convention: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     from convert_to_quant.cli import main
 
@@ -107,22 +107,24 @@ def test_files_before_calibration_have_scales_of_one(
     found = comfyui.load(path, "read")
 
     assert found["warnings"] == []
-    assert as_comfyui_says(found["layers"]) == as_we_say(path)
+    assert as_comfyui_reads(found["layers"]) == as_we_read(path)
     assert {layer["input_scale"] or 1.0 for layer in found["layers"].values() if layer["quant_format"]} == {1.0}
 
 
-@pytest.mark.parametrize(("spelling", "loader"), QUIET)
-def test_files_load_without_a_warning(comfyui: Any, spelled: Callable[[str], Path], spelling: str, loader: str) -> None:
-    assert comfyui.load(spelled(spelling), "read", loader=loader)["warnings"] == []
+@pytest.mark.parametrize(("convention", "loader"), QUIET)
+def test_files_load_without_a_warning(
+    comfyui: Any, in_convention: Callable[[str], Path], convention: str, loader: str
+) -> None:
+    assert comfyui.load(in_convention(convention), "read", loader=loader)["warnings"] == []
 
 
-@pytest.mark.parametrize("spelling", ["prefixed", "prefixed header only"])
+@pytest.mark.parametrize("convention", ["prefixed", "prefixed header only"])
 def test_headers_of_prefixed_files_cost_one_harmless_warning(
-    comfyui: Any, spelled: Callable[[str], Path], spelling: str
+    comfyui: Any, in_convention: Callable[[str], Path], convention: str
 ) -> None:
     # "Load Diffusion Model" reads the header twice: before it takes the prefix off, and after. The second reading
-    # leaves marks under the full names, which no module takes. The layers are as they should be (see above).
-    (warning,) = comfyui.load(spelled(spelling), "read")["warnings"]
+    # leaves configs under the full names, which no module uses. The layers are as they should be (see above).
+    (warning,) = comfyui.load(in_convention(convention), "read")["warnings"]
 
     assert warning.startswith("unet unexpected: ['model.diffusion_model.")
     names = warning.partition("[")[2].rstrip("]").replace("'", "").split(", ")
@@ -130,10 +132,10 @@ def test_headers_of_prefixed_files_cost_one_harmless_warning(
     assert all(name.endswith(".comfy_quant") for name in names)
 
 
-def test_a_file_that_lost_its_marks_is_not_read_as_fp8(
-    comfyui: Any, spelled: Callable[[str], Path], changed: Any, tmp_path: Path
+def test_a_file_that_lost_its_configs_is_not_read_as_fp8(
+    comfyui: Any, in_convention: Callable[[str], Path], changed: Any, tmp_path: Path
 ) -> None:
-    lost = changed(spelled("header only"), tmp_path / "lost.safetensors", lambda _, marks: marks.clear())
+    lost = changed(in_convention("header only"), tmp_path / "lost.safetensors", lambda _, configs: configs.clear())
 
     found = comfyui.load(lost, "read")
 
@@ -141,13 +143,13 @@ def test_a_file_that_lost_its_marks_is_not_read_as_fp8(
     assert not any(layer["quant_format"] for layer in found["layers"].values())
 
 
-def test_spellings_of_one_model_compute_the_same_bits(
-    comfyui: Any, spelled: Callable[[str], Path], states: dict[str, Any]
+def test_conventions_of_one_model_compute_the_same_bits(
+    comfyui: Any, in_convention: Callable[[str], Path], states: dict[str, Any]
 ) -> None:
     import torch
 
-    spellings = ("default", "header only", "tensors only", "prefixed", "prefixed header only")
-    velocities = [comfyui.velocity(spelled(spelling), states) for spelling in spellings]
+    conventions = ("default", "header only", "tensors only", "prefixed", "prefixed header only")
+    velocities = [comfyui.velocity(in_convention(convention), states) for convention in conventions]
 
     assert velocities[0].isfinite().all()
     assert all(torch.equal(velocity, velocities[0]) for velocity in velocities[1:])
