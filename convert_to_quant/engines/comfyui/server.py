@@ -98,13 +98,8 @@ class Server:
         Raises:
             CalibrationError: nothing answers, it is not ComfyUI, or it does not have our nodes.
         """
-        problem = "the server is not ComfyUI"
-        try:
-            stats = self._ask("/system_stats")
-        except StatusError as error:
-            raise self._error(f"{problem}: {error.problem}") from None
-        if "system" not in as_object(stats):
-            raise self._error(problem)
+        if "system" not in as_object(self._ask("/system_stats")):
+            raise self._error("the server is not ComfyUI")
         found = {name: kind for name in classes if (kind := self._type(name)) is not None}
         if RECORD not in found or SAVE not in found:
             hint = "install this package for its Python, run `convert_to_quant comfyui install COMFYUI_DIR`, and "
