@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import emoji_models as emoji
-import torch
 from emoji_models import Choice, Models, choice_of
-from fidelity import result_of, run_parser, write_between_markers
+from fidelity import exit_code, measured, result_of, run_parser, write_between_markers
 from measure import table as markdown
 
 from convert_to_quant.emoji import prompts
@@ -49,8 +48,6 @@ def before(models: Models, seed: int) -> Choice:
 
 def measure(variant: str, device: str, seeds: Sequence[int], geometry: Geometry, count: int) -> dict[str, Any]:
     """Every method on one model: dB on prompts and by `check`, by seed."""
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
     with emoji.models(variant, device, emoji.GEOMETRY if variant in emoji.VARIANTS else geometry) as models:
         scenes = noise_scenes(models.reference, models.geometry, CHECKED_IMAGES)
         choices = {
@@ -85,23 +82,21 @@ def _cell(figures: list[float]) -> str:
 
 def failures(result: Mapping[str, Any]) -> list[str]:
     """Missed requirements."""
-    said = []
+    missed = []
     for name, found in result["models"].items():
         default, (one,), (dynamic,) = (found[key]["prompts"] for key in ("default", "one", "dynamic"))
         if not found["clips_one"] and min(default) < one - UNDER_ONE_DB:
-            said.append(f"{name}: {min(default):.2f} dB with one seed, {one:.2f} with 1.0")
+            missed.append(f"{name}: {min(default):.2f} dB with one seed, {one:.2f} with 1.0")
         if sum(default) / len(default) < dynamic - UNDER_DYNAMIC_DB:
-            said.append(f"{name}: {sum(default) / len(default):.2f} dB, {dynamic:.2f} with dynamic scales")
-    return said
+            missed.append(f"{name}: {sum(default) / len(default):.2f} dB, {dynamic:.2f} with dynamic scales")
+    return missed
 
 
 def report(result: Mapping[str, Any]) -> str:
     """The generated part of the document."""
-    run = result["run"]
+    seeds = f"; mean over {len(result['seeds'])} seeds of the calibration's noise, the minimum in brackets"
     return (
-        f"SQNR of the velocity in dB on {run['prompts']} prompts at {run['levels']} noise levels; mean over "
-        f"{len(result['seeds'])} seeds of the calibration's noise, the minimum in brackets. {run['date']}, "
-        f"{run['machine']}; torch {run['torch']}. `{run['command']}`\n\n{table(result, 'prompts')}\n\n"
+        f"{measured(result, seeds)}\n\n{table(result, 'prompts')}\n\n"
         f"The files of the first seed by `check`, on noise: mean over levels, sizes and samples,\n\n"
         f"{table(result, 'checked')}\n\nand the worst sample at the worst level:\n\n{table(result, 'checked_worst')}"
     )
@@ -119,9 +114,7 @@ def main() -> int:
     result = result_of(args, "models", measure, [*args.variants, *args.model], *given, seeds=args.seeds)
     write_between_markers(args.write, "default", report(result))
     print(report(result))
-    failed = failures(result)
-    print("\n".join(failed) if failed else "Within the limits.")
-    return 1 if failed else 0
+    return exit_code(failures(result))
 
 
 if __name__ == "__main__":

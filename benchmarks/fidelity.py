@@ -118,8 +118,6 @@ def measure(
     variant: str, device: str, observers: Mapping[str, Any], wanted: Sequence[str], count: int
 ) -> dict[str, Any]:
     """Fidelity of every method on one variant."""
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
     found: dict[str, Any] = {}
     with emoji.models(variant, device) as models:
         total = sum(out * into for out, into in (state.shape for state in models.present.values()))
@@ -168,12 +166,16 @@ def _cell(found: Mapping[str, Any] | None) -> str:
 
 def report(result: Mapping[str, Any]) -> str:
     """The generated part of the document."""
+    return f"{measured(result, ', ± standard error over prompts')}\n\n{table(result)}\n\n{verdict(result)[0]}"
+
+
+def measured(result: Mapping[str, Any], more: str = "") -> str:
+    """How the results of a run were measured."""
     run = result["run"]
-    said = (
-        f"SQNR of the velocity in dB, mean ± standard error over {run['prompts']} prompts at {run['levels']} noise "
-        f"levels. {run['date']}, {run['machine']}; Python {run['python']}, torch {run['torch']}. `{run['command']}`"
+    return (
+        f"SQNR of the velocity in dB over {run['prompts']} prompts at {run['levels']} noise levels{more}. "
+        f"{run['date']}, {run['machine']}; Python {run['python']}, torch {run['torch']}. `{run['command']}`"
     )
-    return f"{said}\n\n{table(result)}\n\n{verdict(result)[0]}"
 
 
 def verdict(result: Mapping[str, Any]) -> tuple[str, bool]:
@@ -218,6 +220,18 @@ def run_parser(doc: str | None, prompts: int) -> argparse.ArgumentParser:
     return parser
 
 
+def prepare_process() -> None:
+    """Settings of each process that measures."""
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(2)
+
+
+def exit_code(missed: Sequence[str]) -> int:
+    """Print the missed requirements; 1 if there are any."""
+    print("\n".join(missed) or "All requirements hold.")
+    return 1 if missed else 0
+
+
 def result_of(
     args: argparse.Namespace, key: str, work: Callable[..., Any], names: Sequence[str], *arguments: Any, **more: Any
 ) -> dict[str, Any]:
@@ -234,7 +248,7 @@ def result_of(
     if args.source is not None:
         result: dict[str, Any] = json.loads(args.source.read_text())
     else:
-        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(args.jobs, get_context("spawn"), prepare_process) as pool:
             futures = {name: pool.submit(work, name, *arguments) for name in names}
             found = {name: future.result() for name, future in futures.items()}
         facts = {

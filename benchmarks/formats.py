@@ -32,7 +32,7 @@ from typing import Any
 import emoji_models as emoji
 import numpy as np
 import torch
-from fidelity import result_of, run_parser, write_between_markers
+from fidelity import exit_code, measured, result_of, run_parser, write_between_markers
 from measure import table
 
 from convert_to_quant import best
@@ -94,8 +94,6 @@ class Judge:
 
 def measure(variant: str, device: str, geometry: Geometry, count: int) -> dict[str, Any]:
     """Every format and every mix, and the time it took."""
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(2)
     with emoji.checkpoint_of(variant) as checkpoint:
         model = denoiser.load(checkpoint, device=device, dtype=torch.float32)
         judge = Judge(model, geometry, count)
@@ -230,15 +228,6 @@ def shortfalls(result: Mapping[str, Any]) -> list[str]:
     return missed
 
 
-def said(result: Mapping[str, Any]) -> str:
-    """How the results were measured."""
-    run = result["run"]
-    return (
-        f"SQNR of the velocity in dB over {run['prompts']} prompts at {run['levels']} noise levels. {run['date']}, "
-        f"{run['machine']}; torch {run['torch']}. `{run['command']}`"
-    )
-
-
 def main() -> int:
     parser = run_parser(__doc__, 16)
     parser.add_argument("--model", action="append", default=[], help="a further model, 128 × 128 pixels")
@@ -247,13 +236,11 @@ def main() -> int:
     given = (args.device, emoji.GEOMETRY, args.prompts)
     result = result_of(args, "models", measure, [*args.variants, *args.model], *given)
     for name, made in (("best", best_table), ("chosen", compared_table)):
-        write_between_markers(args.write, name, f"{said(result)}\n\n{made(result)}")
-    write_between_markers(args.write_formats, "kept", f"{said(result)}\n\n{uniform_table(result)}")
+        write_between_markers(args.write, name, f"{measured(result)}\n\n{made(result)}")
+    write_between_markers(args.write_formats, "kept", f"{measured(result)}\n\n{uniform_table(result)}")
     print(uniform_table(result), best_table(result), compared_table(result), sep="\n\n")
     print({title(name): found["seconds"] for name, found in result["models"].items()})
-    missed = shortfalls(result)
-    print("\n".join(missed) or "All requirements hold.")
-    return 1 if missed else 0
+    return exit_code(shortfalls(result))
 
 
 if __name__ == "__main__":

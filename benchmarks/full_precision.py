@@ -27,9 +27,8 @@ from typing import Any
 
 import emoji_models as emoji
 import numpy as np
-import torch
 from emoji_models import Choice, Models
-from fidelity import SCALES_ONLY, result_of, run_parser, write_between_markers
+from fidelity import SCALES_ONLY, exit_code, measured, result_of, run_parser, write_between_markers
 from measure import table as markdown
 
 from convert_to_quant.calibrate_activation_scales import calibrate_model
@@ -70,8 +69,6 @@ def ends_first(layers: Sequence[str]) -> list[str]:
 
 def measure(variant: str, device: str, prompt_count: int) -> dict[str, Any]:
     """Fidelity and share of compute in full precision, for every order and budget."""
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
     prompts = emoji.HELD_OUT_PROMPTS[:prompt_count]
     with emoji.models(variant, device) as models:
         calibration = calibrate_model(models.checkpoint, CalibrationOptions())
@@ -216,13 +213,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
 def report(result: Mapping[str, Any]) -> str:
     """The generated part of the document."""
-    run = result["run"]
-    said = (
-        f"SQNR of the velocity in dB over {run['prompts']} prompts at {run['levels']} noise levels; the budget is a "
-        f"share of the compute (MACs). {run['date']}, {run['machine']}; torch {run['torch']}. `{run['command']}`"
-    )
     missed = shortfalls(result) or [f"Ours is best everywhere, within {TOLERANCE_DB} dB."]
-    return "\n\n".join([said, table(result), "\n".join(missed), limits(result)])
+    how = measured(result, "; the budget is a share of the compute (MACs)")
+    return "\n\n".join([how, table(result), "\n".join(missed), limits(result)])
 
 
 def main() -> int:
@@ -235,9 +228,7 @@ def main() -> int:
     write_between_markers(args.write, "budget", report(result))
     print(table(result))
     print(limits(result))
-    missed = shortfalls(result)
-    print("\n".join(missed) or "Ours is best everywhere.")
-    return 1 if missed else 0
+    return exit_code(shortfalls(result))
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from typing import Any
 import emoji_models as emoji
 import numpy as np
 import torch
-from fidelity import result_of, run_parser, write_between_markers
-from formats import Judge, markdown, said, title
+from fidelity import exit_code, measured, result_of, run_parser, write_between_markers
+from formats import Judge, markdown, title
 
 from convert_to_quant import best, folding
 from convert_to_quant.checkpoint import Checkpoint, Entry, write_checkpoint
@@ -76,8 +76,6 @@ RANK, SHARE = 8, 0.1
 
 def measure(variant: str, shown: RunOptions, count: int, formats: list[str], mixes: bool) -> dict[str, Any]:
     """Every row of the table in dB, and the time and memory it took."""
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(2)
     device, begun = shown.device, time.perf_counter()
     with emoji.checkpoint_of(variant) as original, TemporaryDirectory() as folder:
         plan = best.plan_any(original)
@@ -218,13 +216,11 @@ def main() -> int:
     args = parser.parse_args()
     given = (RunOptions(device=args.device, samples=args.samples), args.prompts, args.formats, not args.no_mixes)
     result = result_of(args, "models", measure, [*args.variants, *args.model], *given)
-    write_between_markers(args.write, "rounding", f"{said(result)}\n\n{table(result)}")
+    write_between_markers(args.write, "rounding", f"{measured(result)}\n\n{table(result)}")
     print(table(result))
     for model, found in result["models"].items():
         print(f"{title(model)}: {found['seconds']} s, {found['memory_bytes'] / 1e9:.1f} GB")
-    missed = shortfalls(result)
-    print("\n".join(missed) or "All requirements hold.")
-    return 1 if missed else 0
+    return exit_code(shortfalls(result))
 
 
 if __name__ == "__main__":
