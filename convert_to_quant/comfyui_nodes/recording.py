@@ -85,7 +85,7 @@ class Recorder:
             total.fingerprint != Statistics.empty(shapes).fingerprint or total.other_weights(self._weights)
         ):
             raise StatisticsError(
-                f"recorded on another model than this one, which has {len(shapes)} linear layers",
+                f"made for another model than this one, which has {len(shapes)} linear layers",
                 path=total.path,
                 hint="continue from another file, or from none",
             )

@@ -175,7 +175,7 @@ def test_statistics_of_another_model_are_refused_before_sampling(
     weights = {name: module.weight.mul_(-1) for name, module in find_linears(model.model.diffusion_model).items()}
     assert weights.keys() == seen.weights.keys()
     for other in (statistics({"other": (4, 4)}), seen):
-        with pytest.raises(StatisticsError, match=r"recorded on another model .* 3 linear layers"):
+        with pytest.raises(StatisticsError, match=r"made for another model .* 3 linear layers"):
             Recorder(other).attach(model)
 
 
