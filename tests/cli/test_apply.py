@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from convert_to_quant import headroom
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.layers import find_layers
 from convert_to_quant.naming import knowing_weights
@@ -51,21 +50,6 @@ def test_merged_files_give_the_same_bytes_as_the_files_themselves(done, model, s
     done("apply", model, *files, "-o", apart)
     done("apply", model, merged, "-o", together)
     assert scales(apart) == scales(together)
-
-
-@pytest.mark.parametrize("words", [("--margin", "1"), ("--method", "percentile"), ("--margin", "1", "--keep", "proj$")])
-def test_no_weight_is_read_where_no_headroom_is_looked_for(done, model, stats, scales, monkeypatch, words):
-    monkeypatch.setattr(headroom, "column_energies", lambda *_: pytest.fail("a weight was read"))
-    out = model.with_name("out.safetensors")
-    done("apply", model, stats({LAYER: 896.0, OTHER: 44.8}), "-o", out, *words)
-    assert (scales(out).get(OTHER, 1.0) == 1.0) == ("--keep" in words), "layers to keep are left alone"
-
-
-def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(done, model, stats, scales):
-    out = model.with_name("out.safetensors")
-    told = done("apply", model, stats({LAYER: 896.0}), "-o", out, "--margin", 1.5).err
-    assert scales(out) == {LAYER: 3.0}
-    assert f"note: {OTHER}: never visited: keeps its scale" in told
 
 
 def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(

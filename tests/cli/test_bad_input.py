@@ -1,4 +1,4 @@
-"""Bad input at the command line: its message, its exit code, and nothing written or changed."""
+"""Bad input on the command line: message and exit code, and no file is written or changed."""
 
 from __future__ import annotations
 
@@ -63,58 +63,25 @@ class Bomb:
         return Path.touch, (Path("it ran"),)
 
 
-UNREADABLE: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
-    "a folder": (".", None),
-    "without its end": ("a.safetensors", lambda whole: whole[:-1]),
-    "ckpt": ("a.ckpt", lambda _: pickle.dumps(Bomb())),
-    "a pickle by another name": ("a.safetensors", lambda _: pickle.dumps(Bomb())),
-}
-
-
 @pytest.mark.parametrize("words", [LAYER, ()], ids=["calibrate", "convert"])
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_an_input_that_cannot_be_read_is_refused_in_the_readers_words(refused, build, case, words):
-    name, content = UNREADABLE[case]
-    if content is not None:
-        Path(name).write_bytes(content(build.file_bytes(*build.quantized(["blocks.0"], "tensor"))))
-    with pytest.raises(Error) as caught:
-        open_checkpoint(name)
-    assert str(caught.value).startswith(f"{name}: ")
-    refused(str(caught.value), "-i", name, "-o", "out.safetensors", *words)  # a pickle that is opened leaves a file
-
-
-@pytest.mark.parametrize("bits", [0x7FC0, 0xFF80], ids=["nan", "inf"])
-def test_nan_in_a_weight_to_be_converted(refused, save, flux_tensors, bits):
-    tensors = flux_tensors()
-    tensors["double_blocks.0.img_mlp.2.weight"][1][7, 3] = bits
-    save("in.safetensors", tensors)
-    message = (
-        "in.safetensors: double_blocks.0.img_mlp.2.weight: the weight has NaN or infinite values "
-        "(the input file is damaged or its training diverged)"
-    )
-    for words in ((), LAYER):
-        refused(message, "-i", "in.safetensors", "-o", "out.safetensors", *words)
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda tensors: tensors["blocks.1.weight"][1].__setitem__((2, 3), 0xFF),
-         "blocks.1.weight: the weight has NaN or infinite values"),
-        (lambda tensors: tensors.pop("blocks.1.weight_scale"),
-         "blocks.1: declared as float8_e4m3fn, but .weight_scale is missing (convert it again)"),
-    ],
-    ids=["a weight of NaN", "no scale"],
-)  # fmt: skip
-def test_a_damaged_fp8_file(refused, fp8, change, message):
-    fp8(change)
+    "content", [lambda whole: whole[:-1], lambda _: pickle.dumps(Bomb())], ids=["truncated", "a pickle"]
+)
+def test_an_unreadable_input_is_refused_with_the_readers_message(refused, build, content, words):
+    Path("a.safetensors").write_bytes(content(build.file_bytes(*build.quantized(["blocks.0"], "tensor"))))
+    with pytest.raises(Error) as caught:
+        open_checkpoint("a.safetensors")
+    refused(str(caught.value), "-i", "a.safetensors", "-o", "out.safetensors", *words)  # Bomb would leave a file
+
+
+def test_a_damaged_fp8_file(refused, fp8):
+    fp8(lambda tensors: tensors["blocks.1.weight"][1].__setitem__((2, 3), 0xFF))
     for words in (CALIBRATE, IN_PLACE):
-        refused(f"in.safetensors: {message}", *words)
+        refused("in.safetensors: blocks.1.weight: the weight has NaN or infinite values", *words)
 
 
-@pytest.mark.parametrize("layer", ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear2"])
-def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq, folder, fp8_file, layer):
-    overwrite(fp8_file, layer + ".weight", b"\x7f", skip=5)
+def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq, folder, fp8_file):
+    overwrite(fp8_file, "single_blocks.0.linear2.weight", b"\x7f", skip=5)
     before = folder()
     outcome = ctq("-i", fp8_file, "-o", "out.safetensors", *MODEL)
     assert outcome.code == 1
@@ -133,7 +100,7 @@ def test_nan_in_a_bias_of_a_model_that_is_converted_is_told_of_the_input(ctq, fl
 INPUT_SCALE = "double_blocks.0.img_mlp.0.input_scale"
 
 
-@pytest.mark.parametrize(("value", "engine"), [(np.nan, "layer"), (-1.0, "layer"), (np.inf, "model")])
+@pytest.mark.parametrize(("value", "engine"), [(-1.0, "layer"), (np.inf, "model")])
 def test_a_bad_input_scale_is_written_anew(ctq, done, fp8_file, value, engine):
     done("-i", fp8_file, "--in-place", *LAYER)
     overwrite(fp8_file, INPUT_SCALE, struct.pack("<f", value))
@@ -191,13 +158,10 @@ def test_an_output_that_is_the_input_by_another_name(refused, fp8, words, link):
     refused(message, "-i", "in.safetensors", "-o", output, *words)
 
 
-@pytest.mark.parametrize("circle", ["input", "output"])
-def test_a_circle_of_links_is_one_line(ctq, save, build, circle):
-    model = save("in.safetensors", build.quantized(["blocks.0"], "tensor")[0]).name
+def test_a_circle_of_links_is_one_line(ctq):
     Path("a.safetensors").symlink_to("b.safetensors")
     Path("b.safetensors").symlink_to("a.safetensors")
-    source, output = ("a.safetensors", "out.safetensors") if circle == "input" else (model, "a.safetensors")
-    outcome = ctq("-i", source, "-o", output, *LAYER)
+    outcome = ctq("-i", "a.safetensors", "-o", "out.safetensors")
     assert outcome.code == 1
     assert outcome.err.startswith("error: a.safetensors: ")
     assert outcome.err.count("\n") == 1
@@ -219,25 +183,12 @@ def lora(save, name: str, rows: int = 16, columns: int = 32, value: float = 1.0)
     save("lora.safetensors", {**tensors, f"{name}.lora_B.weight": np.ones((rows, 2), np.float32)})
 
 
-@pytest.mark.parametrize(
-    ("adapter", "message"),
-    [
-        ({"name": "transformer.other.0"},
-         "transformer.other.0: nothing in this LoRA can be applied: no linear layer of the checkpoint has this name "
-         "(1); its layers have names like blocks.0 (was it made for this model?)"),
-        ({"name": "diffusion_model.blocks.1", "columns": 48},
-         "diffusion_model.blocks.1: nothing in this LoRA can be applied: its change is [16, 48] and would widen "
-         "blocks.1, which is [16, 32] (1); its layers have names like blocks.0 (was it made for this model?)"),
-        ({"name": "blocks.0", "value": np.nan},
-         "blocks.0.lora_A.weight: has NaN or infinite values (the file is damaged)"),
-    ],
-    ids=["of no layer", "of another shape", "of NaN"],
-)  # fmt: skip
-def test_adapters_that_cannot_be_used(refused, fp8, save, adapter, message):
+def test_adapters_that_cannot_be_used(refused, fp8, save):
     fp8()
     refused("lora.safetensors: no such file", *IN_PLACE, "--actcal-lora", "lora.safetensors")
-    lora(save, **adapter)
-    refused(f"lora.safetensors: {message}", *IN_PLACE, "--actcal-lora", "lora.safetensors")
+    lora(save, "blocks.0", value=np.nan)
+    message = "lora.safetensors: blocks.0.lora_A.weight: has NaN or infinite values (the file is damaged)"
+    refused(message, *IN_PLACE, "--actcal-lora", "lora.safetensors")
 
 
 def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(refused, flux_file, save, monkeypatch):
@@ -291,13 +242,6 @@ def test_in_place_where_no_float32_scalar_exists_is_refused_before_any_work(
     fp8(lambda tensors: [tensors.pop("blocks.1.input_scale"), tensors.update(input_scale)])
     place = "in.safetensors: blocks.1.input_scale"
     refused(f"{place}: in place is not possible: {problem} (write a new file with -o instead)", *IN_PLACE)
-
-
-def test_a_damaged_undo_file_stops_everything(refused, fp8):
-    fp8()
-    Path("in.safetensors.undo").write_bytes(b"rubbish")
-    message = "the undo file is damaged; nothing was restored (check its contents)"
-    refused(f"{Path.cwd() / 'in.safetensors.undo'}: {message}", *IN_PLACE)
 
 
 def test_a_report_of_layers_that_saw_nothing_is_still_json(ctq, fp8):

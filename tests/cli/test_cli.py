@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -122,16 +121,20 @@ def test_a_command_that_does_not_exist_suggests_one_that_does(ctq, words, said):
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {said}\n")
 
 
-def test_errors_become_one_line_and_their_exit_code(capsys):
-    def fail(error: BaseException) -> Any:
-        raise error
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [
+        (CheckpointError("too short", path="a", hint="get it again"), 1, "error: a: too short (get it again)\n"),
+        (OptionError("no such thing"), 2, "error: no such thing\n"),
+        (KeyboardInterrupt(), 130, "interrupted: outputs are never left incomplete\n"),
+    ],
+)
+def test_errors_become_one_line_and_their_exit_code(capsys, failure, code, said):
+    def fail() -> int:
+        raise failure
 
-    assert guarded(lambda: fail(CheckpointError("too short", path="a.safetensors", hint="get it again"))) == 1
-    assert capsys.readouterr().err == "error: a.safetensors: too short (get it again)\n"
-    assert guarded(lambda: fail(OptionError("no such thing"))) == 2
-    assert capsys.readouterr().err == "error: no such thing\n"
-    assert guarded(lambda: fail(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == "interrupted: outputs are never left incomplete\n"
+    assert guarded(fail) == code
+    assert capsys.readouterr().err == said
 
 
 def test_a_bug_shows_its_traceback():

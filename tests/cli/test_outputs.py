@@ -1,21 +1,16 @@
-"""Outputs that are no files: pipes, devices and sockets are refused or written into, never replaced.
+"""Outputs that are pipes, devices or sockets are refused or written to, never replaced.
 
-Texts are not read from them either: a pipe would wait for a writer.
-
-Every node is the test's own, in its own folder. Never aim such a test at a node of the machine.
+Texts are not read from them either: reading a pipe would wait for a writer. Every node is created by the test, in its
+own folder. Never aim such a test at a node of the machine.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import select
 import socket
 import stat
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +74,8 @@ OUTPUTS = {
     "report --png": ("report", "stats", "--png", "OUT"),
     "--save-config": ("-i", "bf16", "-o", "new.safetensors", "--save-config", "OUT"),
 }  # fmt: skip
+RUNNERS = ("observe", "comfyui", "check")
+"""Commands that need a model that runs, or a server."""
 SAID = {
     "convert -o": ("wrote OUT", "would replace OUT"),
     "calibrate -o": ("wrote OUT", None),
@@ -120,45 +117,16 @@ def test_an_output_that_is_a_special_file_is_refused_before_any_work(
     assert output.lstat().st_mode == before.st_mode
 
 
-@pytest.fixture
-def reader():
-    """Read a pipe to its end beside the test."""
-    threads = []
-
-    def read(path: Path) -> Callable[[], bytes]:
-        found: list[bytes] = []
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # not in the thread, which may be late
-
-        def listen() -> None:
-            select.select([fd], [], [], 30)
-            os.set_blocking(fd, True)
-            with os.fdopen(fd, "rb") as file:
-                found.append(file.read())
-
-        thread = threading.Thread(target=listen, daemon=True)
-        thread.start()
-        threads.append(thread)
-
-        def result() -> bytes:
-            thread.join(30)
-            return found[0]
-
-        return result
-
-    yield read
-    assert not any(thread.is_alive() for thread in threads)
-
-
 @pytest.mark.parametrize("linked", [False, True], ids=["pipe", "link to a pipe"])
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_report_goes_into_a_pipe(done, inputs, tmp_path, reader, call, linked):
+def test_a_report_goes_into_a_pipe(done, inputs, tmp_path, call, linked):
     pipe = output = node(tmp_path / "pipe", "pipe")
     if linked:
         output = tmp_path / "link"
         output.symlink_to(pipe)
-    content = reader(pipe)
-    done(*words_of(call, inputs, output))
-    text = content().decode()
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as reader:
+        done(*words_of(call, inputs, output))
+        text = reader.read()  # fits into the pipe's buffer
     assert "blocks.0" in text
     if "--csv" not in call:
         json.loads(text)
@@ -183,10 +151,10 @@ def test_a_report_goes_into_a_character_device(done, inputs, tmp_path, call):
 
 
 @pytest.mark.parametrize("old", [None, b"old"], ids=["new", "there already"])
-@pytest.mark.parametrize("call", (OUTPUTS | STREAMS).values(), ids=OUTPUTS | STREAMS)
+@pytest.mark.parametrize(
+    "call", [call for call in (OUTPUTS | STREAMS).values() if call[0] not in RUNNERS], ids=" ".join
+)
 def test_an_output_that_is_a_link_is_written_where_the_link_leads(done, inputs, tmp_path, call, old):
-    if call[0] in ("observe", "comfyui", "check"):
-        pytest.skip("needs a model that runs, or a server")
     (tmp_path / "disk").mkdir()
     target, link = tmp_path / "disk" / "target", tmp_path / "link"
     link.symlink_to("disk/target")
@@ -229,19 +197,6 @@ def test_an_older_file_is_replaced_and_that_is_said(ctq, inputs, tmp_path, call)
     dry = ctq(*words, "--dry-run").err
     assert would is None or would.replace("OUT", str(output)) in dry
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, output.name])
-
-
-def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(ctq, inputs, tmp_path, monkeypatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("convert_to_quant.convert.convert", None)
-    monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(os, "replace", refuse)
-    output = tmp_path / "out.safetensors"
-    outcome = ctq("-i", inputs["bf16"], "-o", output)
-    problem = "cannot be written: its file system cannot rename files or write at an offset; use another"
-    assert (outcome.code, outcome.err) == (1, f"error: {output}: {problem}\n")
 
 
 def test_what_an_interrupted_run_left_is_removed_and_that_is_said(ctq, inputs, tmp_path):
