@@ -188,7 +188,7 @@ class RunOptions(ShownOptions):
 
 
 @dataclass(frozen=True)
-class CalibrationOptions(ShownOptions):
+class CalibrationOptions(RunOptions):
     """How to calibrate.
 
     Attributes:
@@ -196,10 +196,9 @@ class CalibrationOptions(ShownOptions):
         margin: factor ≥ 1 on ranges. None means free headroom for observed ranges, and 8 for guessed ones.
         engine: "model" (or "auto") runs the network; "layer" guesses each layer's range from its weight.
         percentile: of guessed magnitudes; None means 99.9. Observed ranges are never cut.
-        seed: of all noise.
         float16_safe: raise scales to at least 2⁻¹⁵.
         one_row_full_precision: whether layers with one token per image compute in full precision.
-        steps, height, width, frames, text_tokens, device: see `ShownOptions`.
+        steps, height, width, frames, text_tokens, device, seed: see `RunOptions`.
     """
 
     samples: int | None = option(
@@ -208,7 +207,6 @@ class CalibrationOptions(ShownOptions):
     margin: float | None = option(None, "headroom factor, 1 for none (automatic)", "M", MARGIN)
     engine: Engine = option("auto", "model: run it; layer: guess from weights", "ENGINE", get_args(Engine))
     percentile: float | None = option(None, "percentile of guessed magnitudes (99.9)", "P", PERCENTILE)
-    seed: int = option(42, "random seed", "S", SEED)
     float16_safe: bool = option(False, "raise every scale to at least 2⁻¹⁵")
     one_row_full_precision: bool = option(True)
 

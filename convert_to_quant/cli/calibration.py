@@ -91,11 +91,7 @@ def recover_input(args: argparse.Namespace) -> None:
 
 
 def require_target(args: argparse.Namespace) -> None:
-    """Refuse a call without an output, or --mark without a new file.
-
-    Raises:
-        OptionError: it is such a call.
-    """
+    """Refuse a call without an output, or --mark without a new file."""
     if args.output is None and not (args.in_place or args.dry_run):
         raise OptionError("no output: add -o OUT", hint="or --in-place, or --dry-run")
     if getattr(args, "mark", False) and args.in_place:
@@ -103,12 +99,7 @@ def require_target(args: argparse.Namespace) -> None:
 
 
 def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Refuse an unusable output before minutes of work.
-
-    Raises:
-        OutputError: it is a shard of the checkpoint.
-        OptionError: --in-place and another output are given.
-    """
+    """Refuse an unusable output before minutes of work."""
     from ..checkpoint import is_one_file
 
     check_shards(checkpoint, args)

@@ -125,11 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_combination(flags: Mapping[str, Any]) -> None:
-    """Refuse options that have no effect or contradict each other.
-
-    Raises:
-        OptionError: they do.
-    """
+    """Refuse options that have no effect or contradict each other."""
     for flag in flags:
         needed = NEEDS.get(flag, ())
         if needed and flags.keys().isdisjoint(needed):

@@ -130,32 +130,25 @@ class Parser(argparse.ArgumentParser):
         """The usage line with everything that is required."""
         if self.usage is not None:
             return f"usage: {self.usage}\n"
-        width = min(columns(), WIDEST)
-        words = [_named(action) for action in self._actions if action.option_strings and _is_needed(action)]
-        places = [_place(action) for action in self._get_positional_actions()]
-        call = " ".join(["usage:", self.prog, *places, *words, "[options]"])
-        return textwrap.fill(call, width, subsequent_indent=" " * 7, break_on_hyphens=False) + "\n"
+        needed = [
+            f"{action.option_strings[0]} {action.metavar}"
+            for action in self._actions
+            if action.option_strings and (action.required or (action.dest == "output" and action.default is None))
+        ]
+        places = map(_place, self._get_positional_actions())
+        call = " ".join(["usage:", self.prog, *places, *needed, "[options]"])
+        return textwrap.fill(call, min(columns(), WIDEST), subsequent_indent=" " * 7, break_on_hyphens=False) + "\n"
 
     def format_help(self) -> str:
         """The help screen."""
         width = min(columns(), WIDEST)
-        paragraphs = [block for block in (self.epilog or "").strip("\n").split("\n\n") if block]
-        examples = [block for block in paragraphs if block.startswith("example")]
-        notes = [block for block in paragraphs if not block.startswith("example")]
-        groups = [_group(group, width) for group in self._action_groups]
-        what = _filled(self.description or "", width)
-        blocks = [self.format_usage().rstrip(), what, *examples, *groups, *(_filled(note, width) for note in notes)]
+        paragraphs = [self.description or "", *(self.epilog or "").strip("\n").split("\n\n")]
+        texts = [block if "\n  " in block else textwrap.fill(block, width) for block in paragraphs]  # or a table
+        blocks = [self.format_usage().rstrip(), *(text for text in texts if text.startswith("example"))]
+        blocks[1:1] = texts[:1]
+        blocks += [_group(group, width) for group in self._action_groups]
+        blocks += [text for text in texts[1:] if not text.startswith("example")]
         return "\n\n".join(_headed(block) for block in blocks if block) + "\n"
-
-
-def _is_needed(action: argparse.Action) -> bool:
-    """Whether most calls need an option."""
-    return action.required or (action.dest == "output" and action.default is None)
-
-
-def _filled(block: str, width: int) -> str:
-    """A wrapped paragraph, or an unchanged table."""
-    return block if "\n  " in block else textwrap.fill(block, width)
 
 
 def _headed(block: str) -> str:
@@ -166,53 +159,29 @@ def _headed(block: str) -> str:
 
 def _group(group: argparse._ArgumentGroup, width: int) -> str:
     """A group of options with its title, or ""."""
-    lines = [line for action in group._group_actions for line in _option(action, width)]
+    lines = []
+    for action in group._group_actions:
+        if isinstance(action, argparse._SubParsersAction):
+            lines += [_explained(one.dest, one.help or "", width) for one in action._get_subactions()]
+        elif action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction):
+            name = ", ".join(action.option_strings) + (f" {action.metavar}" if action.nargs != 0 else "")
+            lines.append(_explained(name if action.option_strings else _place(action), action.help or "", width))
     return "\n".join([f"{group.title}:", *lines]) if lines else ""
 
 
-def _option(action: argparse.Action, width: int) -> Iterator[str]:
-    """The lines of an option, or of all actions of a command."""
-    if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
-        return  # the user has found --help
-    if isinstance(action, argparse._SubParsersAction):
-        for one in action._get_subactions():
-            yield from _explained(one.dest, one.help or "", width)
-        return
-    named = _named(action, all_flags=True) if action.option_strings else _place(action)
-    yield from _explained(named, action.help or "", width)
-
-
-def _explained(named: str, text: str, width: int) -> Iterator[str]:
+def _explained(name: str, text: str, width: int) -> str:
     """A name with its wrapped description in the next column."""
-    head = f"  {named}"
-    lines = textwrap.wrap(text, max(width - HELP_COLUMN, 20), break_on_hyphens=False) or [""]
-    if len(head) > HELP_COLUMN - 2:
-        yield head
-        head = ""
-    yield f"{head.ljust(HELP_COLUMN)}{lines[0]}".rstrip()
-    for line in lines[1:]:
-        yield " " * HELP_COLUMN + line
-
-
-def _named(action: argparse.Action, *, all_flags: bool = False) -> str:
-    """A flag with its value: "-o OUT", or "-o, --output OUT"."""
-    flags = ", ".join(action.option_strings) if all_flags else action.option_strings[0]
-    return flags if action.nargs == 0 else f"{flags} {_value(action)}"
+    head = f"  {name}".ljust(HELP_COLUMN)
+    if not head.endswith("  "):
+        head += "\n" + " " * HELP_COLUMN
+    lines = textwrap.wrap(text, max(width - HELP_COLUMN, 20), break_on_hyphens=False)
+    return (head + f"\n{' ' * HELP_COLUMN}".join(lines)).rstrip()
 
 
 def _place(action: argparse.Action) -> str:
     """A positional argument: "STATS...", "[MODEL]"."""
-    name = "ACTION" if isinstance(action, argparse._SubParsersAction) else _value(action)
+    name = str(action.metavar)
     return {"+": f"{name}...", "*": f"[{name}...]", "?": f"[{name}]"}.get(str(action.nargs), name)
-
-
-def _value(action: argparse.Action) -> str:
-    """The placeholder for a value."""
-    if isinstance(action.metavar, str):
-        return action.metavar
-    if action.choices is not None:
-        return "|".join(map(str, action.choices))
-    return action.dest.upper()
 
 
 def follow(parser: Parser, words: Sequence[str]) -> tuple[Parser, list[str]]:

@@ -56,11 +56,7 @@ def embeddings_of(args: argparse.Namespace) -> list[str]:
 
 
 def check_device(name: str) -> None:
-    """Refuse an unknown or missing device; torch, which takes a second to import, is not needed for most.
-
-    Raises:
-        OptionError: the device cannot be used.
-    """
+    """Refuse an unknown or missing device; torch, which takes a second to import, is not needed for most."""
     if name not in ("auto", "cpu"):
         find_device(name)
 
@@ -117,9 +113,6 @@ def check_running_options(args: argparse.Namespace, needing: Iterable[str], excl
         args: the options.
         needing: options that need --pipeline.
         excluded: options that cannot be combined with it, and whether they were given.
-
-    Raises:
-        OptionError: an option is refused.
     """
     options_of(RunOptions, args)
     check_device(args.device)

@@ -166,10 +166,6 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     """Before any work, refuse outputs that cannot be written or are other files of the command line.
 
     `check_shards` does so for the shards of a checkpoint.
-
-    Raises:
-        OutputError: an output's folder is missing; it is a folder, a special file or another file of the command line.
-        CheckpointError: the input is missing, but the output exists, so they were probably swapped.
     """
     from ..checkpoint import check_output
 
@@ -196,11 +192,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def _refuse_named(flag: str, output: Path, named: Iterable[tuple[str, Path, Kind]], args: argparse.Namespace) -> None:
-    """Refuse an output that is another file of the command line.
-
-    Raises:
-        OutputError: it is.
-    """
+    """Refuse an output that is another file of the command line."""
     from ..checkpoint import is_one_file
 
     for name, other, _ in named:
@@ -214,11 +206,7 @@ def _refuse_named(flag: str, output: Path, named: Iterable[tuple[str, Path, Kind
 
 
 def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Before any work, refuse outputs that are files of a checkpoint.
-
-    Raises:
-        OutputError: one is.
-    """
+    """Before any work, refuse outputs that are files of a checkpoint."""
     from ..checkpoint import refuse_same_file
 
     named = {f"file for --{name}": getattr(args, name, None) for name in ("json", "png", "csv")}
