@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""torch, imported on first use: it takes a second, and inspecting or converting to FP8 does not need it."""
-=======
 """torch, imported on first use: importing it takes a second, and reading a file does not need it."""
->>>>>>> 5136dcc (Round weights to codes in torch only: FP8's and INT8's own encoders in numpy and their tables go)
 
 from __future__ import annotations
 

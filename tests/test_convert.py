@@ -487,7 +487,6 @@ def test_the_input_is_refused_as_output_also_as_a_shard(tmp_path, save, save_sha
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-<<<<<<< HEAD
         (
             {"legacy": True, "scaling_mode": "row"},
             "legacy files support one scale per tensor only, not --scaling-mode row",
@@ -498,12 +497,6 @@ def test_the_input_is_refused_as_output_also_as_a_shard(tmp_path, save, save_sha
         ({"block_size": 0}, "--block-size should be at least 1 and below 65536, found 0"),
         ({"block_size": 65536}, "--block-size should be at least 1 and below 65536, found 65536"),
         ({"exclude": ("a", "(")}, "--exclude-layers '(' is no regular expression: "),
-=======
-        ({"format": "int8", "scaling_mode": "row"}, "--scaling_mode is for fp8, and int8 says how it is scaled"),
-        ({"format": "int8", "legacy": True}, "legacy files hold fp8 only, in all layers"),
-        ({"format": "fp8-row", "legacy": True}, "legacy files hold fp8 only, in all layers"),
-        ({"block_size": 65536}, "--block_size should be at least 1 and below 65536, found 65536"),
->>>>>>> 5136dcc (Round weights to codes in torch only: FP8's and INT8's own encoders in numpy and their tables go)
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message):

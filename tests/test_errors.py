@@ -1,4 +1,4 @@
-"""The tree of errors, and how a message is put together."""
+"""The tree of errors, and their messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = {name: member for name, member in inspect.getmembers(errors, inspect.i
 
 
 def drawn_tree() -> dict[str, str]:
-    """Child -> parent, read from the module's drawing."""
+    """Child -> parent, from the module's docstring."""
     parents: dict[str, str] = {}
     path: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
@@ -27,11 +27,11 @@ def drawn_tree() -> dict[str, str]:
     return parents
 
 
-def test_the_drawing_in_the_docstring_is_the_tree_of_classes():
+def test_the_tree_in_the_docstring_is_that_of_the_classes():
     assert drawn_tree() == {name: member.__bases__[0].__name__ for name, member in CLASSES.items()}
 
 
-def test_only_a_wrong_call_exits_with_2_everything_else_with_1():
+def test_only_option_errors_exit_with_2():
     assert {name for name, member in CLASSES.items() if member.exit_code == 2} == {"OptionError"}
     assert {member.exit_code for member in CLASSES.values()} == {1, 2}
 

@@ -1,4 +1,4 @@
-"""Options that are declared once: on a command line, in Python and on a node."""
+"""Options on a command line, in Python and on a node."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def parse(*words: str, prefix: str = "", **defaults: Any) -> Made:
     return options_of(Made, parser.parse_args(words))
 
 
-def test_a_command_line_without_words_gives_the_defaults():
+def test_an_empty_command_line_gives_the_defaults():
     assert parse() == Made()
     assert parse(percentile=50.0) == Made(percentile=50.0)
 
 
-def test_a_command_line_says_each_of_them():
+def test_a_command_line_sets_each_option():
     words = ("--kind", "odd", "--margin", "2", "--percentile", "9", "--leave-layers", "a", "--leave-layers", "b")
     assert parse(*words, "--no-scale") == Made("odd", 2.0, 9.0, ("a", "b"), scale=False)
     assert parse("--x-margin", "2", "--no-scale", prefix="x-") == Made(margin=2.0, scale=False)
     assert list(offered(Made)) == ["kind", "margin", "percentile", "leave_layers", "no_scale"]
 
 
-def test_help_says_the_default():
+def test_help_shows_defaults():
     parser = Parser(prog="made")
     add_options(parser, Made)
     said = [action.help for action in parser._actions]
@@ -80,13 +80,13 @@ def test_help_says_the_default():
         (SolveOptions, {"row_loss_limit": -0.1}, "--row-loss-limit should be a share between 0 and 1, found -0.1"),
     ],
 )
-def test_they_are_checked_when_they_are_made(kind, options, said):
+def test_options_are_checked_when_created(kind, options, said):
     with pytest.raises(OptionError) as caught:
         kind(**options)
     assert str(caught.value).startswith(said)
 
 
-def test_threads_may_make_the_first_of_them_together():
+def test_threads_may_create_the_first_objects_at_once():
     code = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -99,7 +99,7 @@ assert made == {SolveOptions(margin=2.0)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_a_node_has_their_defaults_choices_and_ranges():
+def test_a_node_has_the_defaults_choices_and_ranges():
     shown = inputs_of(Made, {"percentile": {"min": 0.5, "tooltip": "p"}, "margin": {"max": 9.0}, "kind": {}})
     assert shown == {
         "percentile": ("FLOAT", {"default": 99.9, "min": 0.5, "max": 100.0, "step": 0.01, "tooltip": "p"}),

@@ -1,4 +1,4 @@
-"""The flat API: what `convert_to_quant` offers by name, and that it costs nothing until it is used."""
+"""The public API: its names, and that they are loaded on first use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = [name for name in convert_to_quant.__all__ if name != "__version__"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_resolves_and_says_what_it_is(name: str) -> None:
+def test_every_name_resolves_and_has_a_docstring(name: str) -> None:
     found = getattr(convert_to_quant, name)
     assert inspect.isclass(found) or inspect.isfunction(found)
     assert found.__module__.startswith("convert_to_quant.")
@@ -33,7 +33,7 @@ def test_names_are_listed_once_in_order_and_by_dir() -> None:
 
 
 def test_no_name_hides_a_module() -> None:
-    """`from . import convert` asks the package first and its submodules second."""
+    """`from . import convert` tries the package before its submodules."""
     assert MODULES & set(NAMES) == set()
     assert all(getattr(convert_to_quant, name, None) in (None, sys.modules.get(f"convert_to_quant.{name}"))
                for name in MODULES)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line as a function, and what goes with the tiny Flux.1."""
+"""The command line as a function, and files for the tiny Flux.1."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def kohya() -> dict[str, Any]:
 
 @pytest.fixture
 def lora(save):
-    """A file of it."""
+    """A file with this adapter."""
     return save("style.safetensors", kohya())
 
 
 def prompt_embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
-    """Embeddings of prompts of the tiny Flux.1's sizes."""
+    """Prompt embeddings for the tiny Flux.1."""
     random = np.random.default_rng(2)
     return {
         "prompt_embeds": random.standard_normal((count, tokens, TEXT)).astype(np.float32),
@@ -49,7 +49,7 @@ def prompt_embeddings(count: int = 2, tokens: int = 4) -> dict[str, Any]:
 
 @pytest.fixture
 def embeddings():
-    """Make them: embeddings(prompts, tokens of each)."""
+    """embeddings(number of prompts, tokens per prompt)."""
     return prompt_embeddings
 
 
@@ -63,7 +63,7 @@ def prompts(tmp_path):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -88,7 +88,7 @@ def ctq(capsys):
 
 @pytest.fixture
 def done(ctq):
-    """The same for a call that succeeds."""
+    """Run a command that succeeds."""
 
     def run(*words: object, **options: Any) -> Outcome:
         outcome = ctq(*words, **options)
@@ -100,7 +100,7 @@ def done(ctq):
 
 @pytest.fixture
 def refused(ctq, folder):
-    """refused(message, words...): the call fails with a line that begins so, and leaves every file as it is."""
+    """refused(message, words...): the command fails with a line that starts like this, and changes no file."""
 
     def check(message: str, *words: object, code: int = 1, **options: Any) -> None:
         before = folder()
@@ -147,7 +147,7 @@ def scales():
 
 @pytest.fixture
 def folder(tmp_path):
-    """What lies in the test's folder now: to see that a refused command wrote nothing."""
+    """folder(): the content of all files in the test's folder."""
 
     def look() -> dict[str, bytes]:
         return {str(path): path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
@@ -159,7 +159,7 @@ WORDS = ("<pad>", "<eos>", "<unk>", "a", "red", "fish", "bear")
 
 
 def save_pipeline(folder: Path) -> None:
-    """The folder of a Flux.1 pipeline of the tiny model's sizes with random weights, as diffusers saves it."""
+    """Save a Flux.1 pipeline of the tiny model's size with random weights."""
     import diffusers
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -191,7 +191,7 @@ def save_pipeline(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """The folder of such a pipeline."""
+    """The folder of a saved pipeline."""
     folder = tmp_path_factory.mktemp("pipeline")
     save_pipeline(folder)
     return folder

@@ -1,4 +1,4 @@
-"""`apply` and `merge`: what was observed goes into the checkpoint, before which everything is checked."""
+"""`apply` and `merge`: scales from statistics, and checks before they are written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(save, done):
 
 @pytest.fixture
 def stats(tmp_path, statistics):
-    """A file of statistics: stats({layer: largest value}, name)."""
+    """stats({layer: largest value}, name): a statistics file."""
 
     def make(largest, name="stats"):
         path = tmp_path / f"{name}.safetensors"
@@ -35,13 +35,13 @@ def stats(tmp_path, statistics):
     return make
 
 
-def test_the_largest_value_seen_in_any_file_becomes_the_scale(done, model, stats, scales):
+def test_the_largest_value_of_all_files_determines_the_scale(done, model, stats, scales):
     first, second = stats({LAYER: 896.0, OTHER: 4.48}, "1"), stats({LAYER: 448.0, OTHER: 44.8}, "2")
     done("apply", model, first, second, "-o", model.with_name("out.safetensors"), "--margin", "1")
     assert scales(model.with_name("out.safetensors")) == {LAYER: 2.0, OTHER: pytest.approx(0.1)}
 
 
-def test_merged_files_give_the_same_bytes_as_the_files_themselves(done, model, stats, tmp_path, scales):
+def test_a_merged_file_is_equivalent_to_its_parts(done, model, stats, tmp_path, scales):
     files = [stats({LAYER: 100.0 + number, OTHER: 5.0 - number}, number) for number in range(3)]
     merged, backwards, apart, together = (tmp_path / f"{name}.safetensors" for name in "mbat")
     done("merge", *files, "-o", merged)
@@ -52,9 +52,7 @@ def test_merged_files_give_the_same_bytes_as_the_files_themselves(done, model, s
     assert scales(apart) == scales(together)
 
 
-def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
-    done, refused, model, statistics, tmp_path, scales
-):
+def test_statistics_of_another_model_are_refused_without_force(done, refused, model, statistics, tmp_path, scales):
     stats, out = tmp_path / "stats.safetensors", tmp_path / "out.safetensors"
     statistics(SHAPES, {LAYER: 896.0, OTHER: 1.0}).take([LAYER]).save(stats)
     refused(f"{stats}: made for another model", "apply", model, stats, "-o", out)
@@ -64,7 +62,7 @@ def test_statistics_of_another_model_are_refused_and_forced_ones_name_the_rest(
 
 
 @pytest.mark.parametrize("command", ["apply MODEL STATS --dry-run", "report STATS MODEL"])
-def test_statistics_of_other_weights_of_the_same_shapes_are_refused_by_both_names(
+def test_statistics_of_a_model_with_equal_shapes_and_other_weights_are_refused(
     done, refused, model, statistics, tmp_path, command
 ):
     stats = tmp_path / "stats.safetensors"
@@ -77,7 +75,7 @@ def test_statistics_of_other_weights_of_the_same_shapes_are_refused_by_both_name
     refused(f"{stats}: made for another model than fp8.safetensors: no layer matches in its weights", *words)
 
 
-def test_swapped_arguments_are_told(refused, model, stats):
+def test_swapped_arguments_are_detected(refused, model, stats):
     path = stats({})
     hint = f"convert_to_quant apply {model} {path} ..."
     refused(
@@ -89,7 +87,7 @@ def test_swapped_arguments_are_told(refused, model, stats):
         refused(told, *words, "-o", model)
 
 
-def test_the_same_statistics_count_once_and_are_told(done, model, stats):
+def test_duplicate_statistics_are_ignored_with_a_note(done, model, stats):
     path, twin = stats({LAYER: 1.0}), stats({LAYER: 1.0}, "twin")
     for words in (("merge", path, twin, "-o", model.with_name("all.safetensors")), ("apply", model, path, twin)):
         assert f"note: {twin} is a duplicate of {path} and is ignored\n" in done(*words, "--dry-run").err

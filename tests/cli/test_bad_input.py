@@ -25,7 +25,7 @@ IN_PLACE = ("-i", "in.safetensors", "--in-place", *LAYER)
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Calls and their messages name files of the test's folder."""
+    """Run in the test's folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -37,7 +37,7 @@ def refused(refused):
 
 @pytest.fixture
 def fp8(save, build):
-    """Make in.safetensors: two FP8 layers that no family claims, after changes to their tensors."""
+    """Create in.safetensors with two FP8 layers of an unknown model, after a change to its tensors."""
 
     def make(change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
         tensors, metadata = build.quantized(["blocks.0", "blocks.1"], "tensor")
@@ -48,7 +48,7 @@ def fp8(save, build):
 
 
 def overwrite(path: Path, tensor: str, content: bytes, skip: int = 0) -> None:
-    """Write over the bytes of a tensor in a file."""
+    """Overwrite bytes of a tensor in a file."""
     with open_checkpoint(path) as checkpoint:
         offset = checkpoint.files[0].header.data_start + checkpoint.tensors[tensor].start + skip
     with path.open("r+b") as file:
@@ -57,7 +57,7 @@ def overwrite(path: Path, tensor: str, content: bytes, skip: int = 0) -> None:
 
 
 class Bomb:
-    """A pickle that leaves a file when it is opened."""
+    """A pickle that creates a file when it is loaded."""
 
     def __reduce__(self) -> Any:
         return Path.touch, (Path("it ran"),)
@@ -90,7 +90,7 @@ def test_nan_in_an_fp8_weight_of_a_model_that_runs(ctq, folder, fp8_file):
     assert folder() == before
 
 
-def test_nan_in_a_bias_of_a_model_that_is_converted_is_told_of_the_input(ctq, flux_file):
+def test_nan_in_a_bias_is_reported_for_the_input_file(ctq, flux_file):
     overwrite(flux_file, "img_in.bias", b"\xff" * 64)
     outcome = ctq("-i", flux_file, "-o", "out.safetensors", *MODEL)
     assert outcome.err.startswith(f"error: {flux_file}: img_in.bias: it has NaN or infinite values")
@@ -101,7 +101,7 @@ INPUT_SCALE = "double_blocks.0.img_mlp.0.input_scale"
 
 
 @pytest.mark.parametrize(("value", "engine"), [(-1.0, "layer"), (np.inf, "model")])
-def test_a_bad_input_scale_is_written_anew(ctq, done, fp8_file, value, engine):
+def test_an_invalid_input_scale_is_replaced_by_calibration(ctq, done, fp8_file, value, engine):
     done("-i", fp8_file, "--in-place", *LAYER)
     overwrite(fp8_file, INPUT_SCALE, struct.pack("<f", value))
     words = ("--in-place", *MODEL, "--actcal-engine", engine)
@@ -113,7 +113,7 @@ def test_a_bad_input_scale_is_written_anew(ctq, done, fp8_file, value, engine):
     assert "of no use" not in ctq("-i", fp8_file, *words, "--dry-run").err
 
 
-def test_a_bad_input_scale_that_is_used_is_refused(done, refused, flux_file, fp8_file):
+def test_an_invalid_input_scale_is_refused_where_it_is_used(done, refused, flux_file, fp8_file):
     done("-i", fp8_file, "--in-place", *LAYER)
     overwrite(fp8_file, INPUT_SCALE, struct.pack("<f", np.nan))
     message = f"{fp8_file}: {INPUT_SCALE}: scales should be finite and not negative, found nan"
@@ -134,7 +134,7 @@ def test_a_file_with_nothing_to_do(refused, save):
 
 
 @pytest.mark.parametrize("words", [("-o", "out.safetensors"), ("-o", "out.safetensors", "--dry-run"), ("--in-place",)])
-def test_a_plain_cast_has_nothing_to_calibrate_until_it_is_marked(refused, save, words):
+def test_a_plain_cast_has_nothing_to_calibrate_without_configs(refused, save, words):
     codes = np.full((64, 64), 0x38, np.uint8)
     save("in.safetensors", {"blocks.0.a.weight": ("F8_E4M3", codes), "head.weight": np.eye(64, dtype=np.float32)})
     message = (
@@ -146,7 +146,7 @@ def test_a_plain_cast_has_nothing_to_calibrate_until_it_is_marked(refused, save,
 
 @pytest.mark.parametrize("words", [LAYER, ()], ids=["calibrate", "convert"])
 @pytest.mark.parametrize("link", ["symbolic link", "hard link", "another spelling"])
-def test_an_output_that_is_the_input_by_another_name(refused, fp8, words, link):
+def test_the_output_may_not_be_the_input_under_another_name(refused, fp8, words, link):
     fp8()
     output = f"../{Path.cwd().name}/in.safetensors" if link == "another spelling" else "link.safetensors"
     if link == "symbolic link":
@@ -158,7 +158,7 @@ def test_an_output_that_is_the_input_by_another_name(refused, fp8, words, link):
     refused(message, "-i", "in.safetensors", "-o", output, *words)
 
 
-def test_a_circle_of_links_is_one_line(ctq):
+def test_circular_links_are_an_error_in_one_line(ctq):
     Path("a.safetensors").symlink_to("b.safetensors")
     Path("b.safetensors").symlink_to("a.safetensors")
     outcome = ctq("-i", "a.safetensors", "-o", "out.safetensors")
@@ -168,9 +168,7 @@ def test_a_circle_of_links_is_one_line(ctq):
 
 
 @pytest.mark.parametrize("flag", ["-o", "--json"])
-def test_a_shard_of_the_input_is_no_output_and_that_is_seen_before_the_work(
-    refused, save_shards, build, monkeypatch, flag
-):
+def test_a_shard_of_the_input_is_refused_as_output_before_any_work(refused, save_shards, build, monkeypatch, flag):
     index = save_shards("m", [build.quantized([name], "tensor")[0] for name in ("blocks.0", "blocks.1")]).name
     shard, hint = "m-00002-of-00002.safetensors", {"-o": "output", "--json": "file for --json"}[flag]
     monkeypatch.setattr(convert, "calibrate", None)
@@ -191,7 +189,7 @@ def test_adapters_that_cannot_be_used(refused, fp8, save):
     refused(message, *IN_PLACE, "--actcal-lora", "lora.safetensors")
 
 
-def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(refused, flux_file, save, monkeypatch):
+def test_adapters_that_do_not_fit_are_refused_before_converting(refused, flux_file, save, monkeypatch):
     monkeypatch.setattr(conversion, "convert", None)
     lora(save, "diffusion_model.double_blocks.0.img_mlp.0")
     message = (
@@ -202,7 +200,7 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_converted(refus
     refused(message, "-i", flux_file, "-o", "out.safetensors", *LAYER, "--actcal-lora", "lora.safetensors")
 
 
-def test_an_adapter_as_output_and_one_of_no_strength(refused, fp8, save):
+def test_an_adapter_as_output_and_an_invalid_strength_are_refused(refused, fp8, save):
     fp8()
     lora(save, "blocks.0")
     message = "lora.safetensors: the output is the same file as the input lora.safetensors (name another output)"
@@ -220,7 +218,7 @@ def test_an_adapter_as_output_and_one_of_no_strength(refused, fp8, save):
         "check in out --device cuda:99",
     ],
 )
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq, words):
+def test_a_missing_device_is_refused_before_reading(ctq, words):
     outcome = ctq(*words.split())
     assert outcome.code == 2
     assert outcome.err.startswith("error: device 'cuda:99' cannot be used: ")
@@ -235,16 +233,14 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read(ctq, word
     ],
     ids=["no scale", "a scale in bfloat16"],
 )
-def test_in_place_where_no_float32_scalar_exists_is_refused_before_any_work(
-    refused, fp8, monkeypatch, input_scale, problem
-):
+def test_in_place_without_a_float32_scalar_is_refused_before_any_work(refused, fp8, monkeypatch, input_scale, problem):
     monkeypatch.setattr(convert, "calibrate", None)
     fp8(lambda tensors: [tensors.pop("blocks.1.input_scale"), tensors.update(input_scale)])
     place = "in.safetensors: blocks.1.input_scale"
     refused(f"{place}: in place is not possible: {problem} (write a new file with -o instead)", *IN_PLACE)
 
 
-def test_a_report_of_layers_that_saw_nothing_is_still_json(ctq, fp8):
+def test_the_document_is_json_even_for_layers_without_a_range(ctq, fp8):
     fp8(lambda tensors: tensors["blocks.0.weight"][1].fill(0))
     outcome = ctq(*IN_PLACE, "--dry-run", "--json", "-")
     document = json.loads(outcome.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

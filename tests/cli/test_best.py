@@ -1,4 +1,4 @@
-"""`convert_to_quant --best`: from a file in 16 bits to the best mix of formats, and what is refused."""
+"""`convert_to_quant --best`: the best mix of formats, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mix(path: Path) -> dict[str, str]:
         return {layer.name: layer.format.name for layer in find_layers(file).quantized.values() if layer.format}
 
 
-def test_the_best_mix_is_written_told_and_checked(done, flux_file, tmp_path):
+def test_the_best_mix_is_written_reported_and_checked(done, flux_file, tmp_path):
     out, report = tmp_path / "best.safetensors", tmp_path / "best.json"
     outcome = done("-i", flux_file, "-o", out, *BEST, "--bits", 7, "--json", report, "-v")
     found, said = mix(out), json.loads(report.read_text())
@@ -52,7 +52,7 @@ def test_the_best_mix_is_written_told_and_checked(done, flux_file, tmp_path):
 OBSERVED = ("--trials", "--height", 32, "--width", 32, "--text-tokens", 4, "--samples", 3)
 
 
-def test_formats_are_tried_while_observing_and_chosen_from_without_a_run(done, refused, flux_file, tmp_path):
+def test_trials_of_an_observation_replace_the_run(done, refused, flux_file, tmp_path):
     out, kept, again = (tmp_path / name for name in ("a.safetensors", "kept.safetensors", "b.safetensors"))
     done("-i", flux_file, "-o", out, *BEST, "--bits", 7)
     done("observe", flux_file, "-o", kept, *OBSERVED)
@@ -95,7 +95,7 @@ def test_a_dry_run_writes_nothing(ctq, done, flux_file, folder):
     ("words", "instead"),
     [(("--best",), "--format gives all layers one format"), (("--round", "--format", "int8"), "omit --round")],
 )
-def test_a_model_that_cannot_be_run_gets_no_guess(ctq, save, folder, words, instead):
+def test_a_model_that_cannot_be_run_is_refused(ctq, save, folder, words, instead):
     path = save("other.safetensors", {f"blocks.{n}.fc.weight": np.ones((32, 32), np.float32) for n in range(2)})
     before = folder()
     outcome = ctq("-i", path, "-o", path.with_name("out.safetensors"), *words)

@@ -1,4 +1,4 @@
-"""The hand-off's command: `python -m convert_to_quant.calibrate_activation_scales MODEL -o OUT`."""
+"""`python -m convert_to_quant.calibrate_activation_scales MODEL -o OUT`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(save, build):
     return save("model.safetensors", *build.quantized(LAYERS, "both"))
 
 
-def test_the_module_runs_as_a_program_with_every_flag_of_the_hand_off(model, save, scales, tmp_path):
+def test_the_module_runs_as_a_program_with_all_flags(model, save, scales, tmp_path):
     lora = save("lora.safetensors", {"blocks.0.mlp.lora_A.weight": np.ones((2, 32), np.float32),
                                      "blocks.0.mlp.lora_B.weight": np.ones((16, 2), np.float32)})  # fmt: skip
     output, report = tmp_path / "out.safetensors", tmp_path / "report.json"

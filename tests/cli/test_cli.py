@@ -1,4 +1,4 @@
-"""The command line's frame: help, flags, dispatch, exit codes, and what it imports."""
+"""Help, flags, dispatch and exit codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from convert_to_quant.errors import CheckpointError, OptionError
 
 MOST_LINES = 46
 LONGER = {"observe": 52, "convert": 72, "check": 51, "card": 52}
-"""What runs a model, and what the model is shown, are both asked for."""
+"""Commands that run a model have options for its inputs."""
 
 
 def test_the_module_runs_as_a_program():
@@ -28,13 +28,13 @@ def test_the_module_runs_as_a_program():
     assert outcome.stdout == f"convert_to_quant {__version__}\n"
 
 
-def test_convert_is_the_command_that_needs_no_name(ctq, flux_file):
+def test_convert_is_the_default_command(ctq, flux_file):
     words = ("-i", flux_file, "--dry-run")
     assert ctq(*words) == ctq("convert", *words)
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]], ids=" ".join)
-def test_alone_it_gives_an_overview_that_fits_a_screen(ctq, words):
+def test_the_overview_fits_a_screen(ctq, words):
     outcome = ctq(*words)
     lines = outcome.out.splitlines()
     assert (outcome.code, outcome.err) == (0, "")
@@ -45,14 +45,14 @@ def test_alone_it_gives_an_overview_that_fits_a_screen(ctq, words):
 
 
 def leaves(command: str) -> dict[str, Parser]:
-    """The parsers of a command's actions, or its own, by name."""
+    """The parsers of a command's actions, or its own."""
     parser = build_parser(command)
     actions = parser.subcommands()
     return {command: parser} if actions is None else {f"{command} {name}": one for name, one in actions.choices.items()}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_a_screen_and_begins_with_examples(ctq, command, monkeypatch):
+def test_help_is_short_and_starts_with_examples(ctq, command, monkeypatch):
     assert ctq("help", command) == ctq(command, "--help")
     for names in {command, *leaves(command)}:
         lines = ctq(*names.split(), "--help").out.splitlines()
@@ -66,7 +66,7 @@ def test_help_fits_a_screen_and_begins_with_examples(ctq, command, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "parser"), [one for command in COMMANDS for one in leaves(command).items()])
-def test_every_command_has_what_all_have_and_says_every_default_the_same_way(name, parser):
+def test_every_command_has_the_shared_options_and_shows_defaults(name, parser):
     flags = {flag for action in parser._actions for flag in action.option_strings}
     assert {"-q", "-v", "-h", "--quiet", "--verbose", "--json", "--config", "--save-config", "--color", "--version",
             "--help"} <= flags  # fmt: skip
@@ -99,7 +99,7 @@ def test_every_command_has_what_all_have_and_says_every_default_the_same_way(nam
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_misuse_exits_2_with_one_line_and_where_help_is(ctq, words, said):
+def test_usage_errors_exit_with_2_and_refer_to_help(ctq, words, said):
     outcome = ctq(*words)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == f"error: {said}\nsee: convert_to_quant convert --help\n"
@@ -116,7 +116,7 @@ def test_misuse_exits_2_with_one_line_and_where_help_is(ctq, words, said):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
-def test_a_command_that_does_not_exist_suggests_one_that_does(ctq, words, said):
+def test_an_unknown_command_suggests_a_known_one(ctq, words, said):
     outcome = ctq(*words)
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"error: {said}\n")
 
@@ -129,7 +129,7 @@ def test_a_command_that_does_not_exist_suggests_one_that_does(ctq, words, said):
         (KeyboardInterrupt(), 130, "interrupted: outputs are never left incomplete\n"),
     ],
 )
-def test_errors_become_one_line_and_their_exit_code(capsys, failure, code, said):
+def test_errors_become_one_line_and_an_exit_code(capsys, failure, code, said):
     def fail() -> int:
         raise failure
 
@@ -154,7 +154,7 @@ LACK = {
 
 @pytest.mark.parametrize("failure", LACK.values(), ids=LACK)
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_too_little_memory_is_one_line(failure, wrapped, capsys):
+def test_out_of_memory_is_one_line(failure, wrapped, capsys):
     def run() -> int:
         try:
             raise failure
@@ -168,7 +168,7 @@ def test_too_little_memory_is_one_line(failure, wrapped, capsys):
     assert capsys.readouterr().err == said
 
 
-def test_a_reader_that_goes_away_is_no_error_message(save, build):
+def test_a_closed_pipe_causes_no_message(save, build):
     path = save("m.safetensors", *build.quantized(["blocks.0"], "both"))  # so little to say that it waits in a buffer
     words = [sys.executable, "-m", "convert_to_quant", "-i", str(path), "--dry-run", "--json", "-"]
     words += ["--actcal", "--actcal-engine", "layer"]
@@ -185,7 +185,7 @@ def test_a_reader_that_goes_away_is_no_error_message(save, build):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
 @pytest.mark.parametrize("words", [["--help"], ["completion", "bash"]])
-def test_a_full_disk_behind_stdout_is_one_line(words):
+def test_a_full_disk_is_one_line(words):
     with Path("/dev/full").open("w") as full:
         program = [sys.executable, "-m", "convert_to_quant", *words]
         outcome = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -193,7 +193,7 @@ def test_a_full_disk_behind_stdout_is_one_line(words):
 
 
 @pytest.mark.parametrize(("closed", "code", "error"), [(">&-", 1, "error: none: no such file\n"), ("2>&-", 1, "")])
-def test_closed_streams_take_nothing_and_nothing_goes_to_the_other(fp8_file, closed, code, error):
+def test_output_for_a_closed_stream_does_not_go_to_the_other(fp8_file, closed, code, error):
     command = f'exec "$@" {closed}'
     words = [sys.executable, "-m", "convert_to_quant", "inspect", str(fp8_file), "none", "--json", "-"]
     outcome = subprocess.run(["sh", "-c", command, "sh", *words], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Shell completion: scripts that their shells accept, and bash's real answers."""
+"""Shell completion: shells accept the scripts, and bash completes correctly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 @pytest.fixture
 def complete(ctq, tmp_path):
-    """What bash offers for the last word of a call."""
+    """complete(words...): bash's completions of the last word."""
     script = tmp_path / "completion.bash"
     script.write_text(ctq("completion", "bash").out, encoding="utf-8")
 
@@ -37,7 +37,7 @@ def complete(ctq, tmp_path):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_every_script_passes_its_own_shell(ctq, tmp_path, shell):
+def test_every_shell_accepts_its_script(ctq, tmp_path, shell):
     outcome = ctq("completion", shell)
     assert (outcome.code, outcome.err) == (0, "")
     assert [name for name in COMMANDS if name not in outcome.out] == []
@@ -77,7 +77,7 @@ def test_bash_completes_commands_flags_and_choices(complete, words, offered):
 
 
 @pytest.mark.parametrize("words", [("inspect", "m"), ("-i", "m"), ("convert", "--input", "m"), ("apply", "m", "m")])
-def test_bash_completes_files_by_what_they_hold(complete, tmp_path, words):
+def test_bash_completes_files_by_kind(complete, tmp_path, words):
     for name in ("model.safetensors", "model.safetensors.index.json", "model.txt", "model.toml"):
         (tmp_path / name).touch()
     (tmp_path / "models").mkdir()

@@ -33,12 +33,12 @@ def recipe(tmp_path):
 
 
 def options(path: Path, command: str, *words: str) -> dict[str, Any]:
-    """What a command line with that file says."""
+    """The options of a command line with this file."""
     parsed, _, _ = config.parse(build_parser(command), ["--config", str(path), *words], command, list(COMMANDS))
     return vars(parsed)
 
 
-def test_one_table_runs_without_a_command(done, recipe, flux_file):
+def test_a_single_table_needs_no_command(done, recipe, flux_file):
     path = recipe(f"""
         [convert]
         input = "{flux_file.name}"
@@ -51,7 +51,7 @@ def test_one_table_runs_without_a_command(done, recipe, flux_file):
     assert flux_file.with_name("out.safetensors").read_bytes() == wanted.read_bytes()
 
 
-def test_every_kind_of_option_can_be_said(recipe, tmp_path):
+def test_every_kind_of_option_can_be_set(recipe, tmp_path):
     found = options(recipe("""
         [convert]
         input = "in.safetensors"
@@ -83,7 +83,7 @@ def test_the_command_line_wins(recipe):
     assert options(path, "convert")["legacy"] is True
 
 
-def test_arguments_without_flags_are_called_as_in_the_help(recipe, tmp_path):
+def test_positional_arguments_have_their_names_in_the_help(recipe, tmp_path):
     path = recipe('[apply]\nmodel = "m"\nstats = ["a", "b"]\noutput = "o"')
     found = options(path, "apply")
     assert (found["input"], found["statistics"]) == (str(tmp_path / "m"), [str(tmp_path / "a"), str(tmp_path / "b")])
@@ -91,7 +91,7 @@ def test_arguments_without_flags_are_called_as_in_the_help(recipe, tmp_path):
     assert (found["input"], found["statistics"], found["output"]) == ("n", ["c"], str(tmp_path / "o"))
 
 
-def test_what_is_no_file_is_not_taken_for_one(recipe):
+def test_values_that_are_not_paths_are_not_resolved(recipe):
     found = options(recipe('[check]\nreference = "/a"\nquantized = "/b"\njson = "-"\nconditioning = "noise"'), "check")
     assert (found["json"], found["conditioning"]) == ("-", ["noise"])
 
@@ -139,14 +139,14 @@ def test_an_invalid_file_is_a_usage_error(ctq, recipe, text, words, said):
     assert outcome.err.startswith(f"error: {path}: {said}")
 
 
-def test_a_name_that_toml_cannot_hold_is_not_saved(ctq, fp8_file):
+def test_a_name_that_is_not_utf8_is_not_saved(ctq, fp8_file):
     path, saved = fp8_file.rename(fp8_file.with_name(os.fsdecode(b"\xff.safetensors"))), fp8_file.with_name("c.toml")
     outcome = ctq("inspect", path, "--save-config", saved)
     assert (outcome.code, saved.exists()) == (1, False)
     assert outcome.err == f"error: {saved}: TOML cannot contain a file name that is not UTF-8\n"
 
 
-def test_a_saved_call_is_the_same_call(done, tmp_path, flux_file):
+def test_a_saved_command_can_be_repeated(done, tmp_path, flux_file):
     outputs = [tmp_path / f"{number}.safetensors" for number in range(2)]
     folder = tmp_path / "recipes"
     folder.mkdir()
@@ -160,7 +160,7 @@ def test_a_saved_call_is_the_same_call(done, tmp_path, flux_file):
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_a_call_that_failed_or_was_dry_saves_nothing(ctq, done, folder, flux_file):
+def test_a_failed_or_dry_run_saves_nothing(ctq, done, folder, flux_file):
     before = folder()
     saved = flux_file.with_name("saved.toml")
     output = flux_file.with_name("out.safetensors")
@@ -171,7 +171,7 @@ def test_a_call_that_failed_or_was_dry_saves_nothing(ctq, done, folder, flux_fil
 
 @pytest.mark.parametrize("link", [Path.hardlink_to, Path.symlink_to])
 @pytest.mark.parametrize("flag", ["--json", "--save-config"])
-def test_what_is_written_about_a_call_replaces_no_file_of_it(refused, flux_file, flag, link):
+def test_reports_and_saved_options_replace_no_file_of_the_command(refused, flux_file, flag, link):
     path = flux_file.with_name("link.safetensors")
     link(path, flux_file)
     message = f"{path}: {flag} and MODEL are the same file (name another file for {flag})\n"
@@ -184,5 +184,5 @@ TEXTS = st.text(st.characters(blacklist_categories=("Cs",)), max_size=8)
 @given(st.recursive(TEXTS | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False),
                     lambda values: st.lists(values, max_size=3), max_leaves=4))  # fmt: skip
 @example('a\x7f\x1f\n"\\')
-def test_values_come_back_from_toml(value):
+def test_values_survive_toml(value):
     assert tomllib.loads(f"x = {config._toml(value)}") == {"x": value}

@@ -1,4 +1,4 @@
-"""`convert_to_quant -i IN -o OUT`, with and without --actcal, on a Flux.1 that is small but runs."""
+"""`convert_to_quant -i IN -o OUT`, with and without --actcal, on a tiny Flux.1."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from convert_to_quant.stats import Statistics
 
 MODEL = ("--actcal", "--actcal-samples", "1")
 TIGHT = (*MODEL, "--actcal-margin", "1")
-"""Without headroom every layer gets a scale of its own; with it, most of this model keep 1.0."""
+"""Without headroom every layer gets its own scale; with it, most layers of this model keep 1.0."""
 LAYER = ("--actcal", "--actcal-engine", "layer")
 
 
-def test_scales_that_nobody_measured_are_told_with_what_measures_them(done, flux_file, scales):
+def test_unmeasured_scales_cause_a_note_with_the_command_to_measure_them(done, flux_file, scales):
     out = flux_file.with_name("my out.safetensors")
     measures = f"to measure them: convert_to_quant -i '{out}' --actcal --in-place"
     told = f"note: input scales are not measured, so ComfyUI uses 1.0 ({measures})"
@@ -31,13 +31,13 @@ def test_scales_that_nobody_measured_are_told_with_what_measures_them(done, flux
 
 
 @pytest.mark.parametrize(("name", "told"), [("a.gguf", True), ("a", True), ("a.SFT", False), ("a.safetensors", False)])
-def test_a_name_that_comfyui_takes_for_something_else_is_told(done, flux_file, fp8_file, name, told):
+def test_a_suffix_that_comfyui_does_not_read_causes_a_note(done, flux_file, fp8_file, name, told):
     for words in (("-i", flux_file), ("-i", fp8_file, *LAYER)):
         said = done(*words, "-o", flux_file.with_name(name)).err
         assert (f"note: ComfyUI does not read {name} as safetensors" in said) == told
 
 
-def test_in_place_says_so_where_nothing_changes(ctq, fp8_file):
+def test_in_place_reports_when_nothing_changes(ctq, fp8_file):
     words = ("-i", fp8_file, "--in-place", *LAYER)
     assert ctq(*words).err.endswith(f"wrote {fp8_file}\n")
     before = fp8_file.read_bytes(), fp8_file.stat().st_mtime_ns
@@ -61,7 +61,7 @@ def test_dry_run_prints_the_plan_with_reasons_and_writes_nothing(ctq, done, flux
     assert folder() == before
 
 
-def test_actcal_takes_number_and_size_of_images_as_observe_does(done, fp8_file):
+def test_actcal_and_observe_use_the_same_number_and_size_of_images(done, fp8_file):
     size = "--{0}height 32 --{0}width 48 --{0}text-tokens 5 --{0}samples 4"
     report, statistics = fp8_file.with_name("r.json"), fp8_file.with_name("s.safetensors")
     done("-i", fp8_file, "--dry-run", "--actcal", *size.format("actcal-").split(), "--json", report)
@@ -76,7 +76,7 @@ def test_actcal_takes_number_and_size_of_images_as_observe_does(done, fp8_file):
     assert seen.rows[seen.names.index(image)] == 4 * 4 * 2 * 3  # images, noise levels, tokens
 
 
-def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(done, flux_file, fp8_file, flux, scales):
+def test_converting_and_calibrating_at_once_equals_two_runs(done, flux_file, fp8_file, flux, scales):
     at_once, after = flux_file.with_name("once.safetensors"), flux_file.with_name("after.safetensors")
     told = done("-i", flux_file, "-o", at_once, *TIGHT).err
     assert "calibrated 13 of 13 layers by running the model on noise" in told
@@ -96,7 +96,7 @@ def test_converting_and_calibrating_in_one_breath_equals_one_after_the_other(don
     assert not list(fp8_file.parent.glob("*.undo"))
 
 
-def test_verbose_prints_old_scale_new_scale_source_and_range_of_every_layer(done, fp8_file, flux):
+def test_verbose_prints_scales_source_and_range_of_every_layer(done, fp8_file, flux):
     report = fp8_file.with_name("r.json")
     head, *rows = done("-i", fp8_file, "--dry-run", "-v", "--json", report, *TIGHT).out.splitlines()
     assert all(column in head for column in ("layer", "range", "scale before", "scale after", "source"))
@@ -137,7 +137,7 @@ def test_ranges_cover_the_model_with_and_without_its_lora(done, lora, fp8_file, 
     assert with_lora["double_blocks.0.img_mlp.2"] > 2 * plain["double_blocks.0.img_mlp.2"]
 
 
-def test_conversion_flags_do_nothing_to_an_fp8_file_and_it_says_so(done, fp8_file):
+def test_conversion_flags_without_effect_on_an_fp8_file_are_named(done, fp8_file):
     told = done("-i", fp8_file, "--dry-run", *LAYER, "--scaling_mode", "row", "--exclude-layers", "x").err
     assert "note: the input is already quantized and is only calibrated; no effect: --exclude-layers" in told
 
@@ -178,7 +178,7 @@ cli.main(["-i", sys.argv[1], "--in-place", "--actcal", "--actcal-engine", "layer
 """
 
 
-def test_a_file_that_an_interrupted_change_left_half_done_is_repaired_in_place_and_not_read(
+def test_a_half_changed_file_is_restored_in_place_and_not_read(
     done, refused, fp8_file, flux_file, flux, statistics, scales
 ):
     stats, new, undo = (fp8_file.with_name(name) for name in ("s.safetensors", "new", "fp8.safetensors.undo"))

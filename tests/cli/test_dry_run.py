@@ -1,4 +1,4 @@
-"""--dry-run: what every command that writes can be asked first. It says what would be, and writes nothing."""
+"""--dry-run reports what every writing command would do, and writes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CALLS = {
 
 @pytest.fixture(scope="module")
 def folded(tmp_path_factory, build, flux_tensors):
-    """The content of a file whose channels are folded."""
+    """The content of a folded checkpoint."""
     flux, wild, out = (tmp_path_factory.mktemp("folded") / name for name in ("flux", "wild", "out"))
     flux.write_bytes(build.file_bytes(flux_tensors()))
     write_reranged(flux, wild, RERANGINGS["wild"])
@@ -44,7 +44,7 @@ def folded(tmp_path_factory, build, flux_tensors):
 
 @pytest.fixture
 def place(done, fp8_file, lora, flux, statistics, folded, monkeypatch):
-    """A folder with all that the calls name."""
+    """A folder with all files of the calls."""
     monkeypatch.chdir(fp8_file.parent)
     statistics(flux.linear).save("stats.safetensors")
     Path("folded.safetensors").write_bytes(folded)
@@ -53,12 +53,12 @@ def place(done, fp8_file, lora, flux, statistics, folded, monkeypatch):
     done("comfyui", "install", "Installed", "-q")
 
 
-def test_every_command_that_writes_is_here():
+def test_all_writing_commands_are_tested():
     assert {name.partition(" ")[0] for name in CALLS} >= set(COMMANDS) - READERS - {"completion"}
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_it_says_so_gives_its_document_and_writes_nothing(ctq, done, place, folder, name):
+def test_a_dry_run_writes_nothing(ctq, done, place, folder, name):
     before = folder()
     outcome = done(*CALLS[name].split(), "--dry-run")
     assert "dry run: " in outcome.err

@@ -1,4 +1,4 @@
-"""`--fold` and `lora fold`: files whose channels are evened out, LoRAs that fit them, and what is refused."""
+"""`--fold` and `lora fold`: checkpoints with equalized channels, and LoRAs for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def folding_of(path: Path) -> str | None:
 
 @pytest.fixture
 def flux_file(flux_file):
-    """The tiny Flux.1, every channel of which has a range of its own."""
+    """The tiny Flux.1 with a different range in every channel."""
     path = flux_file.with_name("wild.safetensors")
     write_reranged(flux_file, path, RERANGINGS["wild"])
     return path
@@ -52,7 +52,7 @@ def test_a_folded_file_warns_and_its_loras_are_converted(done, refused, flux_fil
     refused(plain, "lora", "fold", lora, "--like", flux_file, "-o", twice)
 
 
-def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(done, refused, flux_file, lora, tmp_path):
+def test_calibration_accepts_only_a_lora_that_is_folded_for_the_file(done, refused, flux_file, lora, tmp_path):
     out, converted, made = (tmp_path / f"{name}.safetensors" for name in ("fp8", "folded", "made"))
     told = done("-i", flux_file, "-o", out, "--fold", "--actcal", *SMALL).err
     assert told.count("its channels are equalized") == 1
@@ -65,7 +65,7 @@ def test_calibration_takes_a_lora_that_is_folded_for_the_file_only(done, refused
 
 
 @pytest.mark.parametrize("words", [("--best", "--gpu", "rtx50", "--bits", 7), ("--format", "w4a8")])
-def test_a_folded_file_is_rounded_to_the_same_bytes_every_time(done, contents, flux_file, tmp_path, words):
+def test_rounding_a_folded_file_is_deterministic(done, contents, flux_file, tmp_path, words):
     outs = [tmp_path / name for name in ("nearest.safetensors", "a.safetensors", "b.safetensors")]
     for out, more in zip(outs, ((), ("--round",), ("--round",)), strict=True):
         done("-i", flux_file, "-o", out, "--fold", *words, *more, *SMALL)
@@ -76,7 +76,7 @@ def test_a_folded_file_is_rounded_to_the_same_bytes_every_time(done, contents, f
     assert first != nearest
 
 
-def test_even_channels_are_left_as_they_are(done, save, flux_tensors, tmp_path):
+def test_equal_channels_are_not_folded(done, save, flux_tensors, tmp_path):
     out = tmp_path / "int8.safetensors"
     even = save("even.safetensors", flux_tensors())
     assert "the channels are already equal" in done("-i", even, "-o", out, "--format", "int8", "--fold", *SMALL).err

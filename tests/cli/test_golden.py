@@ -1,8 +1,8 @@
-"""Golden screens: what commands show, kept in tests/golden and compared letter by letter.
+"""Golden screens: the output of commands, compared with the files in tests/golden.
 
-    GOLDEN=write python -m pytest tests/cli/test_golden.py     writes them anew; look at the difference before a commit
+    GOLDEN=write python -m pytest tests/cli/test_golden.py     writes them; review the difference before a commit
 
-What differs between runs and machines is masked: the folder, the version, and, where a screen says so, every digit.
+Folder and version are masked, and on screens with measurements all digits.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ SCREENS = {
     "misuse": "inspct fp8.safetensors",
 }
 MASKED = {"convert calibrated", "calibrate dry", "apply", "apply dry", "check", "report", "report dry"}
-"""Screens with measured figures: their digits are masked."""
+"""Screens with measurements, whose digits are masked."""
 
 
 OBSERVED: list[bytes] = []
-"""The statistics that screens are made from; the same for all."""
+"""The statistics file of all screens."""
 
 
 @pytest.fixture
 def here(fp8_file, monkeypatch, done):
-    """A folder with models in it, and statistics, to which calls are relative."""
+    """Run in a folder with models and statistics."""
     folder = fp8_file.parent
     (folder / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     (folder / "ComfyUI" / "main.py").touch()
@@ -75,7 +75,7 @@ def here(fp8_file, monkeypatch, done):
 
 @pytest.fixture
 def shown(ctq, tmp_path):
-    """What a call shows: shown(words)."""
+    """shown(words): the output of a command."""
 
     def run(words: str) -> str:
         outcome = ctq(*words.split())
@@ -86,13 +86,13 @@ def shown(ctq, tmp_path):
 
 
 def mask(text: str, folder: Path) -> str:
-    """A screen without what differs between runs."""
+    """A screen without folder, version and seconds."""
     text = text.replace(str(folder), "FOLDER").replace(__version__, "VERSION")
     return re.sub(r"( → .* in )\d+ s$", r"\1# s", text, flags=re.MULTILINE)
 
 
 def without_digits(text: str) -> str:
-    """A screen without figures, and without the widths that come of them; calls and names keep theirs."""
+    """A screen without numbers and the column widths that depend on them, except in calls and names."""
     figure = re.compile(r"(?<![\w.-])\d[\d.e+-]*(?![\w>])")
     return "\n".join(
         line if line.startswith(("$ ", "exit ")) else re.sub(r" {2,}|─+", lambda run: run[0][:2], figure.sub("#", line))
@@ -104,7 +104,7 @@ CODES = {"0": "</>", "1": "<bold>", "2": "<dim>", "31": "<red>", "32": "<green>"
 
 
 def readable(text: str) -> str:
-    """A screen with words for what only terminals read."""
+    """A screen with readable escape sequences."""
     return re.sub(r"\x1b\[(\d+)m", lambda code: CODES[code[1]], text).replace("</><bold>", "")
 
 

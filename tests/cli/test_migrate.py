@@ -1,4 +1,4 @@
-"""`dequantize`, `repair` and `migrate` at the command line, and `--requantize`: what is said, and what is refused."""
+"""`dequantize`, `repair`, `migrate` and `--requantize`: messages and refusals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OUT = ("-o", "out.safetensors")
 
 @pytest.fixture
 def files(save, build, tmp_path, monkeypatch):
-    """A folder with an FP8 file, one with a broken mark, one of INT8 without marks, and one in high precision."""
+    """A folder with files in FP8, with a broken config, in INT8 without configs, in BF16, and in NVFP4."""
     monkeypatch.chdir(tmp_path)
     fp8, metadata = build.quantized(["blocks.0.a", "blocks.1.a"], "tensor", input_scale=0.5)
     save("fp8.safetensors", fp8, metadata)
@@ -47,7 +47,7 @@ DONE = {
 
 
 @pytest.mark.parametrize("call", DONE)
-def test_each_says_what_it_did(ctq, files, call):
+def test_each_command_reports_what_it_did(ctq, files, call):
     outcome = ctq(*call.split())
     told = "".join(line for line in outcome.err.splitlines(keepends=True) if " → " not in line)  # sizes, seconds
     assert (outcome.code, told) == (0, DONE[call])
@@ -83,7 +83,7 @@ def test_bad_input_is_refused_and_nothing_changes(refused, files, call, dry):
     refused(f"{REFUSED[call]}\n", *call.split(), *dry)
 
 
-def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(done, files):
+def test_requantize_warns_about_rounding_twice_and_keeps_measured_scales(done, files):
     outcome = done("-i", "fp8.safetensors", *OUT, "--format", "int8", "--layer-format", "1.a=fp8", "--requantize")
     assert "note: requantized: 1 layer in FP8; the 16-bit original gives better quality\n" in outcome.err
     assert "note: layers that are already quantized are copied unchanged: 1 in FP8\n" in outcome.err
@@ -94,7 +94,7 @@ def test_requantize_says_that_it_rounds_twice_and_keeps_what_was_measured(done, 
         assert checkpoint.float32("blocks.1.a.input_scale") == 0.5
 
 
-def test_a_requantized_file_is_calibrated_in_the_same_breath(done, flux_file, flux, scales):
+def test_requantizing_and_calibrating_at_once(done, flux_file, flux, scales):
     int8, output = flux_file.with_name("int8.safetensors"), flux_file.with_name("fp8.safetensors")
     done("-i", flux_file, "-o", int8, "--format", "int8")
     done("-i", int8, "-o", output, "--requantize", "--actcal", "--actcal-engine", "layer")

@@ -1,4 +1,4 @@
-"""Commands on a model whose layers are in every format that can be written: what has a static scale is calibrated."""
+"""Commands on a model with layers in every format that can be written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST_BLOCKS = ("double_blocks.0.", "single_blocks.0.")
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory):
-    """The first blocks of the emoji model, in 16 bits and in each format."""
+    """The first blocks of the emoji model in 16 bits and in each format."""
     folder = tmp_path_factory.mktemp("formats")
     kept = {
         name: tensor
@@ -43,7 +43,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def mixed(originals, tmp_path):
-    """The model with its layers in the formats one after the other, and the format of each layer."""
+    """The model with layers in all formats, and the format of each layer."""
     tensors, formats = load_file(originals / "original.safetensors"), {}
     by_format = {name: load_file(originals / f"{name}.safetensors") for name in WRITTEN}
     marked = [key.removesuffix(".comfy_quant") for key in by_format["fp8"] if key.endswith(".comfy_quant")]
@@ -91,7 +91,7 @@ def by_statistics(done, path, out):
 
 
 @pytest.mark.parametrize("calibrate", [by_guessing, by_running, in_place, by_statistics])
-def test_what_has_a_static_scale_is_calibrated_and_no_other_byte_changes(mixed, done, contents, tmp_path, calibrate):
+def test_only_static_scales_change(mixed, done, contents, tmp_path, calibrate):
     path, formats = mixed
     before = contents(path)
     after = contents(calibrate(done, path, tmp_path / "out.safetensors"))
@@ -104,7 +104,7 @@ def test_what_has_a_static_scale_is_calibrated_and_no_other_byte_changes(mixed, 
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if FORMATS[name].static])
-def test_a_static_scale_is_found_while_converting_and_has_headroom(originals, done, tmp_path, name):
+def test_static_scales_are_measured_while_converting_and_have_headroom(originals, done, tmp_path, name):
     fmt, out, found = FORMATS[name], tmp_path / "out.safetensors", tmp_path / "found.json"
     original = originals / "original.safetensors"
     words = ("-i", original, "-o", out, "--format", name, "--actcal", *ACTCAL, "--json", found)
@@ -116,7 +116,7 @@ def test_a_static_scale_is_found_while_converting_and_has_headroom(originals, do
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if FORMATS[name].static])
-def test_a_static_scale_needs_a_place_in_the_file_to_be_found_in_place(originals, ctq, tmp_path, name):
+def test_in_place_needs_a_place_for_the_scale(originals, ctq, tmp_path, name):
     path = tmp_path / "file.safetensors"
     path.write_bytes((originals / f"{name}.safetensors").read_bytes())
     said = ctq("-i", path, "--in-place", *LAYER)
@@ -128,9 +128,7 @@ def test_a_static_scale_needs_a_place_in_the_file_to_be_found_in_place(originals
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if not FORMATS[name].static])
-def test_a_report_on_a_file_without_static_scales_has_a_row_for_every_layer(
-    originals, done, tmp_path, statistics, name
-):
+def test_a_report_without_static_scales_has_a_row_per_layer(originals, done, tmp_path, statistics, name):
     path, document, stats = originals / f"{name}.safetensors", tmp_path / "report.json", tmp_path / "stats.safetensors"
     with open_checkpoint(path) as checkpoint:
         table = find_layers(checkpoint)

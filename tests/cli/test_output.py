@@ -1,4 +1,4 @@
-"""What is printed: tables, talk, colours and progress, in a pipe and on a terminal."""
+"""Tables, messages, colors and progress, in a pipe and on a terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from convert_to_quant.cli.terminal import Styled
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    """A terminal that knows colours, and no call before."""
+    """A terminal with colors, and no earlier command."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(terminals, "_when", "auto")
     monkeypatch.setattr(output, "_quiet", False)
@@ -40,14 +40,14 @@ def plain(monkeypatch):
         ("never", {"FORCE_COLOR": "1"}, (False, False)),
     ],
 )
-def test_the_first_that_speaks_decides_on_colours(terminal, monkeypatch, when, environment, wanted):
+def test_precedence_of_color_settings(terminal, monkeypatch, when, environment, wanted):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     terminals.choose_color(["demo", "--color", when])
     assert (terminals.has_color(terminal()), terminals.has_color(io.StringIO())) == wanted
 
 
-def test_colours_do_not_move_columns(capsys, monkeypatch):
+def test_colors_do_not_move_columns(capsys, monkeypatch):
     rows = [("a", Styled("30.0 dB", "good")), ("blocks.0", Styled("9.1 dB", "bad"))]
     output.print_table(("layer", "SQNR"), rows, right=(1,))
     plain_text = capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_colours_do_not_move_columns(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(("width", "gone"), [(200, ""), (24, "why"), (14, "range, why")])
-def test_a_narrow_terminal_does_without_columns_and_says_so(terminal, monkeypatch, width, gone):
+def test_a_narrow_terminal_omits_columns_with_a_note(terminal, monkeypatch, width, gone):
     stream = terminal()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setenv("COLUMNS", str(width))
@@ -75,7 +75,7 @@ def test_a_narrow_terminal_does_without_columns_and_says_so(terminal, monkeypatc
     assert max(map(len, shown.splitlines())) <= width
 
 
-def test_talk_is_broken_between_words_on_a_terminal_alone(terminal, monkeypatch):
+def test_messages_are_wrapped_only_on_a_terminal(terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     text = "calibrated 32 of 32  layers of a-file-with-a-long-name.safetensors"
     for stream in (terminal(), io.StringIO()):
@@ -93,7 +93,7 @@ def test_talk_is_broken_between_words_on_a_terminal_alone(terminal, monkeypatch)
             assert lines == [text, f"note: {text}"]
 
 
-def test_what_files_say_cannot_drive_the_terminal(terminal, capsys, monkeypatch):
+def test_control_characters_are_escaped(terminal, capsys, monkeypatch):
     evil = "a\x1b[2J\nb"
     output.print_table(("layer",), [(evil,), (Styled(evil, "bad"),)])
     output.say(evil)
@@ -109,7 +109,7 @@ def test_what_files_say_cannot_drive_the_terminal(terminal, capsys, monkeypatch)
     assert "\x1b[2J" not in stream.getvalue()
 
 
-def test_quiet_leaves_errors_and_data(capsys):
+def test_quiet_prints_only_errors_and_data(capsys):
     output.configure(quiet=True)
     output.say("talk")
     output.note("talk")
@@ -145,7 +145,7 @@ def test_long_work_reports_the_time_left_without_a_terminal(capsys, monkeypatch)
 
 
 def on_a_terminal(*words: str, stdout: Path | None = None, **environment: str) -> str:
-    """What the command line writes to a real pseudo-terminal, with data in a file if one is named."""
+    """Output of a command on a pseudo-terminal, with stdout in a file if one is given."""
     ours, theirs = pty.openpty()
     program = [sys.executable, "-m", "convert_to_quant", *words]
     surroundings = {**os.environ, "TERM": "xterm", "COLUMNS": "100", **environment}
@@ -167,7 +167,7 @@ def on_a_terminal(*words: str, stdout: Path | None = None, **environment: str) -
     return shown.decode()
 
 
-def test_a_bar_within_a_bar_takes_its_place_and_a_file_gets_its_table(fp8_file, flux_file):
+def test_a_nested_bar_replaces_the_outer_one_and_a_file_gets_a_plain_table(fp8_file, flux_file):
     table, output = flux_file.with_name("table.txt"), flux_file.with_name("out.safetensors")
     words = ["-i", str(flux_file), "-o", str(output), "--actcal", "--actcal-engine", "layer", "-v"]
     shown = on_a_terminal(*words, stdout=table)
@@ -186,14 +186,14 @@ def test_a_terminal_without_colors_gets_none(flux_file):
     assert "────" in shown
 
 
-def test_streams_that_cannot_show_a_letter_get_its_number(flux_file):
+def test_characters_that_a_stream_cannot_encode_are_escaped(flux_file):
     words = [sys.executable, "-m", "convert_to_quant", "-i", str(flux_file), "--dry-run"]
     outcome = subprocess.run(words, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False)
     assert (outcome.returncode, b"32 \\xd7 16" in outcome.stdout) == (0, True), outcome.stderr
 
 
 @pytest.mark.parametrize("name", ["\xe9\U0001f600.safetensors", os.fsdecode(b"\xff.safetensors")])
-def test_a_document_is_json_whatever_files_are_called_and_streams_can_show(fp8_file, name):
+def test_documents_are_json_with_any_file_name_and_encoding(fp8_file, name):
     path, report = fp8_file.rename(fp8_file.with_name(name)), fp8_file.with_name("report.json")
     words = [sys.executable, "-m", "convert_to_quant", "inspect", str(path), "--json"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

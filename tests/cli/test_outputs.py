@@ -23,7 +23,7 @@ SPECIAL = {"pipe": "a pipe", "device": "a device", "disk": "a device", "socket":
 
 
 def node(path: Path, kind: str) -> Path:
-    """Make a special file. The device has the numbers of /dev/null, the disk those of no driver."""
+    """Create a special file. The device has the numbers of /dev/null, the disk those of no driver."""
     try:
         if kind == "pipe":
             os.mkfifo(path)
@@ -135,7 +135,7 @@ def test_a_report_goes_into_a_pipe(done, inputs, tmp_path, call, linked):
 
 
 @pytest.mark.parametrize("call", STREAMS.values(), ids=STREAMS)
-def test_a_pipe_that_nobody_reads_is_an_error_and_not_a_wait(ctq, inputs, tmp_path, call):
+def test_a_pipe_without_a_reader_is_an_error(ctq, inputs, tmp_path, call):
     output = node(tmp_path / "pipe", "pipe")
     outcome = ctq(*words_of(call, inputs, output))
     assert outcome.code == 1
@@ -154,7 +154,7 @@ def test_a_report_goes_into_a_character_device(done, inputs, tmp_path, call):
 @pytest.mark.parametrize(
     "call", [call for call in (OUTPUTS | STREAMS).values() if call[0] not in RUNNERS], ids=" ".join
 )
-def test_an_output_that_is_a_link_is_written_where_the_link_leads(done, inputs, tmp_path, call, old):
+def test_a_link_as_output_is_followed(done, inputs, tmp_path, call, old):
     (tmp_path / "disk").mkdir()
     target, link = tmp_path / "disk" / "target", tmp_path / "link"
     link.symlink_to("disk/target")
@@ -186,7 +186,7 @@ def test_texts_are_not_read_from_special_files(ctq, tmp_path, monkeypatch, kind)
 
 
 @pytest.mark.parametrize("call", SAID)
-def test_an_older_file_is_replaced_and_that_is_said(ctq, inputs, tmp_path, call):
+def test_replacing_a_file_is_reported(ctq, inputs, tmp_path, call):
     output, (wrote, would) = tmp_path / "out.safetensors", SAID[call]
     words = words_of(OUTPUTS[call], inputs, output)
     before = sorted(path.name for path in tmp_path.iterdir())
@@ -199,7 +199,7 @@ def test_an_older_file_is_replaced_and_that_is_said(ctq, inputs, tmp_path, call)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, output.name])
 
 
-def test_what_an_interrupted_run_left_is_removed_and_that_is_said(ctq, inputs, tmp_path):
+def test_leftovers_of_an_interrupted_run_are_removed_with_a_note(ctq, inputs, tmp_path):
     left = tmp_path / ".convert_to_quant.0123456789abcdef.tmp"
     left.write_bytes(bytes(1234))
     outcome = ctq("-i", inputs["bf16"], "-o", tmp_path / "out.safetensors")

@@ -1,4 +1,4 @@
-"""Every output says which tool made it, and how; no file that is shared says where on its maker's machine it was."""
+"""Every output records the tool and its options, but no folder of the user's machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OBSERVE = ("--samples", 1, "--steps", 1, "--height", 32, "--width", 32, "--text-
 
 
 def made(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its making."""
+    """The provenance in a checkpoint."""
     with open_checkpoint(path) as checkpoint:
         return json.loads(checkpoint.metadata["convert_to_quant"])
 
 
 @pytest.fixture
 def outputs(done, lora, flux_file, tmp_path):
-    """One of everything, all made from absolute paths."""
+    """One output of every kind, made with absolute paths."""
     names = ("converted", "calibrated", "applied", "observed", "merged")
     paths = {name: tmp_path / f"{name}.safetensors" for name in names}
     for words in (
@@ -38,7 +38,7 @@ def outputs(done, lora, flux_file, tmp_path):
     return paths
 
 
-def test_outputs_say_tool_and_options_and_no_folder(outputs, tmp_path):
+def test_outputs_record_tool_and_options_but_no_folder(outputs, tmp_path):
     converted, calibrated, applied = (made(outputs[name]) for name in ("converted", "calibrated", "applied"))
     assert {said["version"] for said in (converted, calibrated, applied)} == {__version__}
     assert converted["convert"]["weight_scale"] == "mse"
@@ -55,7 +55,7 @@ def test_outputs_say_tool_and_options_and_no_folder(outputs, tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
-def test_reports_say_tool_command_and_options(done, fp8_file, tmp_path):
+def test_reports_record_tool_command_and_options(done, fp8_file, tmp_path):
     (tmp_path / "custom_nodes").mkdir()
     guessing = {"actcal": True, "actcal-engine": "layer", "actcal-seed": 3}
     for command, words, options in (

@@ -1,4 +1,4 @@
-"""Calls that contradict themselves, or whose outputs cannot be: refused in one line, before any work."""
+"""Calls that are refused in one line before any work: contradictory options and impossible outputs."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ IMPOSSIBLE = [
 
 @pytest.fixture
 def place(fp8_file, flux, statistics, lora, monkeypatch):
-    """A folder with all that the calls name."""
+    """A folder with all files of the calls."""
     monkeypatch.chdir(fp8_file.parent)
     statistics(flux.linear).save("stats.safetensors")
     statistics({"other": (16, 32)}).save("other.safetensors")
@@ -148,7 +148,7 @@ def place(fp8_file, flux, statistics, lora, monkeypatch):
 
 
 @pytest.mark.parametrize(("call", "said"), MISUSE)
-def test_misuse_is_told(ctq, place, folder, call, said):
+def test_usage_errors(ctq, place, folder, call, said):
     before = folder()
     outcome = ctq(*shlex.split(call))
     assert (outcome.code, outcome.out) == (2, "")
@@ -159,7 +159,7 @@ def test_misuse_is_told(ctq, place, folder, call, said):
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["", "dry"])
 @pytest.mark.parametrize(("call", "said"), IMPOSSIBLE)
-def test_what_cannot_be_done_is_told_and_a_dry_run_tells_it_too(ctq, place, folder, call, said, dry):
+def test_impossible_calls_fail_in_a_dry_run_too(ctq, place, folder, call, said, dry):
     before = folder()
     outcome = ctq(*shlex.split(call), *dry)
     assert (outcome.code, outcome.out) == (1, "")

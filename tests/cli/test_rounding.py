@@ -1,4 +1,4 @@
-"""`convert_to_quant --round`: by running the model, or by what `observe --moments` kept; and what is refused."""
+"""`convert_to_quant --round`: by running the model, or with the moments of `observe --moments`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = RunOptions(samples=3, height=32, width=32, text_tokens=4)
 
 
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])
-def test_the_command_rounds_and_says_so(done, flux_file, tmp_path, name):
+def test_rounding_lowers_the_error_of_outputs(done, flux_file, tmp_path, name):
     out, plain = tmp_path / "round.safetensors", tmp_path / "plain.safetensors"
     done("-i", flux_file, "-o", plain, "--format", name)
     done("-i", flux_file, "-o", out, "--format", name, "--round", *SMALL)
@@ -43,7 +43,7 @@ def test_the_command_rounds_and_says_so(done, flux_file, tmp_path, name):
     assert sum(ours for ours, _ in errors) < 0.8 * sum(theirs for _, theirs in errors)
 
 
-def test_a_mix_is_rounded_too_and_by_what_was_kept(done, flux_file, tmp_path, monkeypatch):
+def test_a_mix_is_rounded_with_and_without_a_run(done, flux_file, tmp_path, monkeypatch):
     out, stats = tmp_path / "best.safetensors", tmp_path / "stats.safetensors"
     best = ("-i", flux_file, "-o", out, "--best", "--gpu", "rtx50", "--bits", 7, "--round")
     done(*best, *SMALL)
@@ -64,7 +64,7 @@ def observed(done, flux_file, tmp_path):
 
 @pytest.fixture
 def rounded(done, flux_file, contents):
-    """rounded(words...): the tensors of a file that was rounded so."""
+    """rounded(words...): the tensors of a rounded file."""
 
     def run(*words: Any) -> dict[str, bytes]:
         out = flux_file.with_name("out.safetensors")
@@ -74,7 +74,7 @@ def rounded(done, flux_file, contents):
     return run
 
 
-def test_kept_moments_round_as_a_run_does_and_merge(ctq, done, rounded, flux_file, observed, tmp_path, monkeypatch):
+def test_saved_moments_round_like_a_run_and_merge(ctq, done, rounded, flux_file, observed, tmp_path, monkeypatch):
     wanted = rounded(*SMALL)
     twice, twin = tmp_path / "twice.safetensors", tmp_path / "twin.safetensors"
     done("observe", flux_file, "-o", twin, "--moments", *OBSERVED, "--seed", 42, "--resume")
@@ -88,7 +88,7 @@ def test_kept_moments_round_as_a_run_does_and_merge(ctq, done, rounded, flux_fil
     assert ctq("merge", observed, twin, "-o", twin).code == 1  # whose moments it would replace as it reads them
 
 
-def test_a_stopped_run_goes_on_with_the_layers_that_are_left(done, flux_file, observed, monkeypatch):
+def test_resume_gathers_only_the_missing_layers(done, flux_file, observed, monkeypatch):
     folder = observed.with_name(observed.name + ".moments")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     observed.unlink()

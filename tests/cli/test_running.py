@@ -1,4 +1,4 @@
-"""Where a model runs, what it is shown there, and what is said about it before it does."""
+"""Default device and inputs of a model, and the messages about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from convert_to_quant.errors import OptionError
 
 @pytest.fixture
 def settled(flux_file, capsys):
-    """What is settled for the tiny Flux.1, and what is said: settled(options that are given)."""
+    """settled(options...): the chosen options for the tiny Flux.1, and the messages."""
 
     def settle(**given: Any) -> tuple[dict[str, Any], str]:
         options = {"device": "auto", **dict.fromkeys(("steps", "height", "width", "frames", "text_tokens")), **given}
@@ -28,7 +28,7 @@ def settled(flux_file, capsys):
     return settle
 
 
-def test_a_gpu_is_used_and_named_with_its_memory(settled, monkeypatch):
+def test_a_gpu_is_used_and_named(settled, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **_: empty(*shape, device="meta"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -44,7 +44,7 @@ def test_a_gpu_is_used_and_named_with_its_memory(settled, monkeypatch):
     assert settled()[1].startswith("note: running on cuda")
 
 
-def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(settled, monkeypatch):
+def test_a_cpu_runs_a_large_model_at_a_smaller_size_by_default(settled, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(running, "free_memory", lambda: 10**10)
     assert settled() == ({"device": "cpu", "steps": 4}, "")
@@ -69,7 +69,7 @@ def test_a_cpu_shows_less_of_a_large_model_unless_told_otherwise(settled, monkey
         ("--format int8", False),
     ],
 )
-def test_convert_settles_where_it_runs_if_it_runs_the_model(ctq, flux_file, monkeypatch, flags, runs):
+def test_convert_chooses_a_device_for_running_only_if_it_runs_the_model(ctq, flux_file, monkeypatch, flags, runs):
     def settle(args: argparse.Namespace, _: object, *, runs: bool) -> None:
         assert args.device == "auto"
         raise OptionError(f"runs: {bool(runs)}")

@@ -1,4 +1,4 @@
-"""What starts at once: help, the overview and inspect load nothing heavy, whoever adds an import."""
+"""Help, overview and inspect start fast: they load no heavy modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from convert_to_quant.cli import COMMANDS
 
 HEAVY = {"torch", "diffusers", "transformers", "safetensors", "matplotlib", "rich", "PIL", "shtab"}
 SLOW = HEAVY | {"numpy", "dataclasses", "logging"}
-"""The last two take 5 ms each, a tenth of what help takes."""
+"""The last two take 5 ms each, a tenth of the time of help."""
 
 CODE = """
 import sys
@@ -25,7 +25,7 @@ sys.stderr.write("\\n" + " ".join(sys.modules))
 
 
 def loaded(*words: str) -> set[str]:
-    """The modules that a call loads."""
+    """The modules that a command loads."""
     outcome = subprocess.run(
         [sys.executable, "-c", CODE, *words], capture_output=True, text=True, check=True, timeout=60
     )
@@ -38,11 +38,11 @@ def test_help_loads_nothing_slow(words):
 
 
 @pytest.mark.parametrize("words", [["inspect"], ["inspect", "--layers"], ["--dry-run", "-i"]], ids=" ".join)
-def test_what_reads_a_file_loads_numpy_and_nothing_heavy(words, fp8_file):
+def test_reading_a_file_loads_nothing_heavy(words, fp8_file):
     found = loaded(*words, str(fp8_file))
     assert "numpy" in found
     assert found & HEAVY == set()
 
 
-def test_inspect_loads_only_what_it_shows(fp8_file):
+def test_inspect_does_not_load_conversion(fp8_file):
     assert loaded("inspect", str(fp8_file)) & {"convert_to_quant.convert", "convert_to_quant.stats"} == set()

@@ -1,4 +1,4 @@
-"""FP8 that no reader takes for what it is: plain casts, and scales without a mark."""
+"""FP8 layers without quantization configs: plain casts, and scales alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYER = ("--actcal", "--actcal-engine", "layer")
 
 @pytest.fixture
 def cast(save, build):
-    """A file that was only cast to FP8, norms, biases and a layer outside of the blocks included."""
+    """A model cast to FP8, including norms, biases and a layer outside of the blocks."""
     tensors, _ = build.quantized([*NAMES, "head"], "none", input_scale=None)
     tensors = {name: value for name, value in tensors.items() if name.endswith(".weight")}
     codes = np.full(16, 0x38, np.uint8)
@@ -22,7 +22,7 @@ def cast(save, build):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_plain_cast_is_marked_as_it_is(done, contents, cast, tmp_path, legacy):
+def test_a_plain_cast_gets_configs(done, contents, cast, tmp_path, legacy):
     output = tmp_path / "out.safetensors"
     told = done("-i", cast, "-o", output, *["--legacy"] * legacy).err
     assert "3 layers are a plain cast to FP8 without scales: 2 of them get a config and a scale of 1.0" in told
@@ -34,7 +34,7 @@ def test_a_plain_cast_is_marked_as_it_is(done, contents, cast, tmp_path, legacy)
     assert [problem.kind for problem in found.problems] == ["raw-fp8"]
 
 
-def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq, done, cast, tmp_path):
+def test_a_plain_cast_is_listed_and_calibrated_but_not_in_place(ctq, done, cast, tmp_path):
     listed = ctq("-i", cast, "--dry-run").out
     assert listed.count("a plain cast: declared with a scale of 1.0") == 2
     assert "head" in listed
@@ -52,7 +52,7 @@ def test_a_plain_cast_is_listed_and_calibrated_and_never_changed_in_place(ctq, d
     )
 
 
-def test_scales_without_a_mark_are_said_before_the_sizes_and_marked_where_asked(ctq, save, build, tmp_path):
+def test_scales_without_a_config_cause_a_note_and_get_one_with_mark(ctq, save, build, tmp_path):
     output = tmp_path / "out.safetensors"
     told = "note: ComfyUI ignores the scales of 2 layers without a quantization config (to add configs: --mark)"
     for spelled in (".weight_scale", ".scale_weight"):

@@ -9,14 +9,10 @@ import torch
 from torch import nn
 
 from convert_to_quant.checkpoint import open_checkpoint
-<<<<<<< HEAD
 from convert_to_quant.engines import diffusers as engine
 from convert_to_quant.engines.denoiser import LEAST_SIGNAL
 from convert_to_quant.families.running import Inputs
-from convert_to_quant.formats import DEFAULT_GRID
 from convert_to_quant.options import RunOptions
-=======
->>>>>>> 5136dcc (Round weights to codes in torch only: FP8's and INT8's own encoders in numpy and their tables go)
 
 
 @pytest.fixture
