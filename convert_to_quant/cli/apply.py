@@ -6,7 +6,7 @@ import argparse
 
 from ..errors import OptionError
 from ..options import SolveOptions, add_options, options_of
-from .calibration import add_target_arguments, check_target, finish, recover_input, require_target
+from .calibration import add_target_arguments, finish, recover_input, require_target
 from .merge import load_distinct
 
 DESCRIPTION = "Set the input scale and precision of every FP8 layer from statistics."
@@ -44,6 +44,5 @@ def run(args: argparse.Namespace) -> int:
             hint = f"convert_to_quant apply {args.statistics[0]} {args.input} ..."
             raise OptionError(f"{args.input} contains statistics, but the model comes first", hint=hint)
         statistics = merge(*load_distinct(args.statistics), force=args.force)
-        check_target(checkpoint, args)
         calibration = apply_statistics(checkpoint, statistics, options, force=args.force)
         return finish(checkpoint, calibration, args)

@@ -14,7 +14,6 @@ from ..options import CalibrationOptions, add_options, options_of
 from ..telling import duration, plural, size
 from .output import decibels, note, print_table, progress_bar, say, seconds_taken, write_json, wrote
 from .running import check_device
-from .shared import check_shards
 from .terminal import Styled
 
 if TYPE_CHECKING:
@@ -91,20 +90,15 @@ def recover_input(args: argparse.Namespace) -> None:
 
 
 def require_target(args: argparse.Namespace) -> None:
-    """Refuse a call without an output, or --mark without a new file."""
-    if args.output is None and not (args.in_place or args.dry_run):
-        raise OptionError("no output: add -o OUT", hint="or --in-place, or --dry-run")
-    if getattr(args, "mark", False) and args.in_place:
-        raise OptionError("--mark needs -o OUT: quantization configs cannot be added in place")
-
-
-def check_target(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Refuse an unusable output before minutes of work."""
+    """Refuse a call without an output or with two, or --mark without a new file."""
     from ..checkpoint import is_one_file
 
-    check_shards(checkpoint, args)
-    if args.in_place and args.output is not None and not is_one_file(Path(args.output), checkpoint.path):
-        raise OptionError(f"--in-place changes {checkpoint.path}, but -o names {args.output}; give one")
+    if args.output is None and not (args.in_place or args.dry_run):
+        raise OptionError("no output: add -o OUT", hint="or --in-place, or --dry-run")
+    if args.in_place and args.output is not None and not is_one_file(Path(args.output), Path(args.input)):
+        raise OptionError(f"--in-place changes {args.input}, but -o names {args.output}; give one")
+    if getattr(args, "mark", False) and args.in_place:
+        raise OptionError("--mark needs -o OUT: quantization configs cannot be added in place")
 
 
 def calibrate(checkpoint: Checkpoint, args: argparse.Namespace, adapters: Sequence[Lora]) -> Calibration:

@@ -17,7 +17,6 @@ from .calibration import (
     add_calibration_arguments,
     calibrate,
     calibrate_output,
-    check_target,
     finish,
     note_ending,
     opened,
@@ -26,7 +25,6 @@ from .calibration import (
 from .dequantize import write_layout
 from .output import note, print_table, progress_bar, say, write_json, wrote
 from .running import settle
-from .shared import check_shards
 
 if TYPE_CHECKING:
     from ..best import Best
@@ -172,7 +170,6 @@ def calibrate_file(checkpoint: Checkpoint, args: argparse.Namespace, adapters: S
     from ..calibrate_activation_scales import plan_in_place, static_table
     from ..migration import plan_migration
 
-    check_target(checkpoint, args)
     table = static_table(checkpoint)
     if args.mark and any(layer.marking == "none" for layer in table.diffusion.values()):
         layout, done, _ = plan_migration(checkpoint, "comfy", input_scales=True)
@@ -195,7 +192,6 @@ def convert_file(
     from ..layers import find_layers
     from ..lora import match_checkpoint
 
-    check_shards(checkpoint, args)
     if args.in_place:
         if find_layers(checkpoint).raw:
             static_table(checkpoint)  # explains why a plain cast cannot be calibrated

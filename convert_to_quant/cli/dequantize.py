@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ..telling import advance
 from .calibration import note_ending, say_totals
 from .output import progress_bar, say, write_json, wrote
-from .shared import check_shards
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, CheckpointWriter
@@ -52,7 +51,6 @@ def write_layout(
     from ..layout import write
 
     output = Path(args.output)
-    check_shards(checkpoint, args)
     if args.dry_run:
         say(f"dry run: {done}; {wrote(output, would=True)}; nothing was written")
     else:

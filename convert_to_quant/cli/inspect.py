@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import Error
 from ..telling import plural, size
 from .output import error, print_table, write_json
-from .shared import check_shards
 from .terminal import Styled, paint, printable, text_width
 
 if TYPE_CHECKING:
@@ -74,7 +73,6 @@ def run(args: argparse.Namespace) -> int:
         for path in listed or [name]:
             try:
                 with open_checkpoint(path) as checkpoint:
-                    check_shards(checkpoint, args)
                     one = inspect_checkpoint(checkpoint)
             except Error as problem:
                 error(str(problem))

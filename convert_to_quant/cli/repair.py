@@ -8,7 +8,6 @@ from pathlib import Path
 from ..telling import plural
 from .calibration import recover_input
 from .output import print_table, say, write_json, wrote
-from .shared import check_shards
 
 DESCRIPTION = """\
 Repair missing or broken quantization configs, in place or with -o. Only layers whose tensors identify their format are
@@ -40,7 +39,6 @@ def run(args: argparse.Namespace) -> int:
     args.in_place = args.output is None
     recover_input(args)
     with open_checkpoint(args.input) as checkpoint:
-        check_shards(checkpoint, args)
         repairs, patch = plan_repair(checkpoint, in_place=args.in_place)
         if args.in_place:
             in_place_edits(patch)  # fails before anything is printed if something does not fit

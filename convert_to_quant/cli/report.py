@@ -16,7 +16,6 @@ from ..options import SolveOptions, add_options, options_of
 from ..telling import size
 from .output import decibels, print_table, say, write_json, wrote
 from .parsing import Parser, flag_spelling
-from .shared import check_shards
 from .terminal import Styled, fitted, paint, printable, text_width
 
 if TYPE_CHECKING:
@@ -103,7 +102,6 @@ def read_inputs(args: argparse.Namespace) -> tuple[list[Statistics], list[Path]]
     statistics, models = [], []
     for name in args.files:
         with open_checkpoint(name) as checkpoint:
-            check_shards(checkpoint, args)
             observed = METADATA_KEY in checkpoint.metadata
         if observed:
             statistics.append(Statistics.load(name))

@@ -6,17 +6,15 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .. import __version__
 from ..errors import CheckpointError, Error, OptionError, OutputError
 from .output import foresee, note
 from .parsing import Parser
 from .terminal import COLOR_CHOICES
-
-if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
 
 Kind = Literal["checkpoint", "adapter", "file", "config", "folder"]
 
@@ -163,13 +161,18 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def check_paths(parser: Parser, args: argparse.Namespace) -> None:
-    """Before any work, refuse outputs that cannot be written or are other files of the command line.
+    """Before any work, refuse outputs that cannot be written, or that are other files of the command line.
 
-    `check_shards` does so for the shards of a checkpoint.
+    Shards of a checkpoint and the checkpoints in a folder count as such files.
     """
     from ..checkpoint import check_output
+    from ..checkpoint.reader import checkpoint_files
 
     named = list(paths_of(parser, args))
+    for flag, path, kind in [one for one in named if one[0] not in WRITTEN and one[2] == "checkpoint"]:
+        with suppress(CheckpointError):  # which opening it reports
+            files = path.glob("*.s*") if path.is_dir() else checkpoint_files(path)
+            named += [(flag, file, kind) for file in files if file != path]
     written = [one for one in named if one[0] in WRITTEN and not (one[0] == "-o" and getattr(args, "in_place", False))]
     for flag, output, kind in written:
         if kind == "folder":
@@ -203,14 +206,3 @@ def _refuse_named(flag: str, output: Path, named: Iterable[tuple[str, Path, Kind
         calibrates = name in INPUTS and getattr(args, "actcal", hasattr(args, "in_place"))
         hint = "name another output" + (", or add --in-place" if calibrates else "")
         raise OutputError(f"the output is the same file as the input {other}", path=output, hint=hint)
-
-
-def check_shards(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
-    """Before any work, refuse outputs that are files of a checkpoint."""
-    from ..checkpoint import refuse_same_file
-
-    named = {f"file for --{name}": getattr(args, name, None) for name in ("json", "png", "csv")}
-    named["output"] = None if getattr(args, "in_place", False) else getattr(args, "output", None)
-    for what, place in named.items():
-        if place is not None and place not in NO_PATHS:
-            refuse_same_file(Path(place), [file.path for file in checkpoint.files], hint=f"name another {what}")

@@ -167,13 +167,16 @@ def test_circular_links_are_an_error_in_one_line(ctq):
     assert outcome.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["-o", "--json"])
-def test_a_shard_of_the_input_is_refused_as_output_before_any_work(refused, save_shards, build, monkeypatch, flag):
+def test_a_shard_of_the_input_is_refused_as_output_before_any_work(refused, save_shards, build, monkeypatch):
     index = save_shards("m", [build.quantized([name], "tensor")[0] for name in ("blocks.0", "blocks.1")]).name
-    shard, hint = "m-00002-of-00002.safetensors", {"-o": "output", "--json": "file for --json"}[flag]
+    shard, new = "m-00002-of-00002.safetensors", "out.safetensors.index.json"
     monkeypatch.setattr(convert, "calibrate", None)
-    message = f"{shard}: the output is the same file as the input {shard} (name another {hint})"
-    refused(message, "-i", index, *LAYER, "-o", "out.safetensors.index.json", flag, shard)
+    message = f"{shard}: the output is the same file as the input {shard} (name another output, or add --in-place)"
+    refused(message, "-i", index, *LAYER, "-o", shard)
+    message = f"{shard}: --json and -i are the same file (name another file for --json)"
+    refused(message, "-i", index, *LAYER, "-o", new, "--json", shard)
+    message = f"{shard}: --json and MODEL are the same file (name another file for --json)"
+    refused(message, "inspect", ".", "--json", shard)
 
 
 def lora(save, name: str, rows: int = 16, columns: int = 32, value: float = 1.0) -> None:
@@ -222,7 +225,7 @@ def test_a_missing_device_is_refused_before_reading(ctq, words):
     outcome = ctq(*words.split())
     assert outcome.code == 2
     assert outcome.err.startswith("error: device 'cuda:99' cannot be used: ")
-    assert outcome.err.endswith("(without a device the model runs on a GPU if there is one)\n")
+    assert outcome.err.endswith("(the default is a GPU if there is one, else the CPU)\n")
 
 
 @pytest.mark.parametrize(

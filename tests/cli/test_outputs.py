@@ -180,7 +180,7 @@ def test_texts_are_not_read_from_special_files(ctq, tmp_path, monkeypatch, kind)
     recording = ("comfyui", "observe", "--server", "http://127.0.0.1:1", "-o", "x.safetensors")
 
     assert ctq("--config", text).err == f"error: {text}: the configuration {said}\n"
-    assert ctq(*recording, "--workflow", text).err == f"error: {text}: {said} (in ComfyUI: File > Export (API))\n"
+    assert ctq(*recording, "--workflow", text).err == f"error: {text}: {said} (in ComfyUI, use File > Export (API))\n"
     with pytest.raises(OptionError, match=said):
         read_prompts(text)
 
