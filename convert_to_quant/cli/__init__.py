@@ -99,11 +99,7 @@ def prepare(words: Sequence[str]) -> None:
 
 
 def dispatch(words: list[str], command: str) -> int:
-    """Run the given command, or the one that the command line names.
-
-    Returns:
-        The exit code.
-    """
+    """Run the given command, or the one that the command line names; return the exit code."""
     if not command:
         if words and words[0] == "help":
             words = [*words[1:], "--help"]
@@ -127,11 +123,7 @@ def dispatch(words: list[str], command: str) -> int:
 
 
 def with_command(words: list[str]) -> list[str]:
-    """A command line with an explicit command.
-
-    Raises:
-        OptionError: there is no such command.
-    """
+    """A command line with an explicit command; unknown ones are refused."""
     word, path = words[0], terminal.value_of("--config", words)
     if word in COMMANDS:
         return words
@@ -148,9 +140,7 @@ def with_command(words: list[str]) -> list[str]:
 def guarded(run: Callable[[], int], *, last: bool = False) -> int:
     """Run a function, and turn our errors and signals into one line and an exit code; bugs show their traceback.
 
-    Args:
-        run: returns the exit code.
-        last: whether the process ends afterwards.
+    `last` says that the process ends afterwards.
     """
     ballast = bytearray(BALLAST_BYTES)
     try:

@@ -55,11 +55,7 @@ def add_calibration_arguments(group: Any, prefix: str) -> None:
 
 @contextmanager
 def opened(args: argparse.Namespace) -> Iterator[tuple[Checkpoint, Sequence[Lora]]]:
-    """Check the options, and open the model and the LoRAs to calibrate with.
-
-    Raises:
-        Error: an option, the device or a file cannot be used.
-    """
+    """Check the options, and open the model and the LoRAs to calibrate with."""
     from ..checkpoint import open_checkpoint
     from ..damaged import refuse_damaged
     from ..layers import find_layers
@@ -79,9 +75,6 @@ def recover_input(args: argparse.Namespace) -> None:
     """Undo an interrupted in-place change if the input will be changed in place.
 
     Otherwise the input is left alone, and opening it reports the interruption.
-
-    Raises:
-        OutputError: the undo file is damaged or belongs to another file.
     """
     from ..patch import recover
 

@@ -42,11 +42,7 @@ MOST_DOTS = 500
 
 
 def read(path: str, known: Sequence[str]) -> Table:
-    """Read a configuration file: one table per command.
-
-    Raises:
-        OptionError: it cannot be read, is not TOML, or has other content.
-    """
+    """Read a configuration file; refuse anything but tables of commands."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -71,11 +67,7 @@ def read(path: str, known: Sequence[str]) -> Table:
 
 
 def only_command(path: str, known: Sequence[str]) -> list[str]:
-    """The command, and its action if any, of a file with a single table.
-
-    Raises:
-        OptionError: there is no table, or there are several; see `read`.
-    """
+    """The command, and its action if any, of a file with a single table; refuse any other file."""
     content = read(path, known)
     if len(content) != 1:
         problem = f"the file has {len(content)} tables, so the command is ambiguous"
@@ -112,9 +104,6 @@ def parse(
 
     Returns:
         The options, the parser of the command or of its action, and the names of both.
-
-    Raises:
-        OptionError: the file is invalid.
     """
     path = value_of("--config", words)
     leaf, actions = follow(parser, words)
@@ -132,11 +121,7 @@ def parse(
 
 
 def _words(table: Table, path: str, names: Sequence[str], parser: Parser, typed: Sequence[str]) -> list[str]:
-    """A table as words of a command line, without the options that the user typed.
-
-    Raises:
-        OptionError: a key or the type of its value is wrong.
-    """
+    """A table as words of a command line, without the options that the user typed."""
     replaced = {parser._option_string_actions.get(word.partition("=")[0]) for word in typed}
     for group in parser._mutually_exclusive_groups:
         if replaced.intersection(group._group_actions):
@@ -171,13 +156,7 @@ def _words(table: Table, path: str, names: Sequence[str], parser: Parser, typed:
 
 
 def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | None = None) -> Table:
-    """The options that differ from their defaults, as a table.
-
-    Args:
-        parser: of the command or action.
-        args: the options.
-        folder: makes paths relative to it; None leaves them unchanged.
-    """
+    """The options that differ from their defaults, as a table, with paths relative to a folder if one is given."""
 
     def relative(action: argparse.Action, value: Any) -> Any:
         if folder is None or kind_of(action) is None or value in NO_PATHS:
@@ -198,11 +177,7 @@ def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | No
 
 
 def write(path: str, names: Sequence[str], parser: Parser, args: argparse.Namespace) -> None:
-    """Write the options of a command to a configuration file.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write the options of a command to a configuration file."""
     from ..checkpoint import write_bytes
     from ..errors import OutputError
 

@@ -144,11 +144,7 @@ def settle_run(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
 
 
 def folded(checkpoint: Checkpoint, args: argparse.Namespace, options: ConvertOptions) -> Checkpoint:
-    """The checkpoint with equalized channels.
-
-    Raises:
-        OptionError: the input scales of FP8 layers would be those of the unfolded model.
-    """
+    """The checkpoint with equalized channels; FP8 layers need --actcal, as their inputs change."""
     from dataclasses import replace
 
     from ..convert import plan_conversion
@@ -252,9 +248,7 @@ def to_calibrate(
 ) -> ConversionPlan | None:
     """The plan with a place for every input scale to be measured, or None if no layer has one.
 
-    Raises:
-        CheckpointError: the file is a plain cast.
-        UnsupportedModelError: the model cannot be run.
+    Plain casts and models that cannot be run are refused.
     """
     from dataclasses import replace
 
@@ -339,11 +333,7 @@ def write_plan(
 
 
 def kept_moments(checkpoint: Checkpoint, args: argparse.Namespace) -> list[KeptMoments]:
-    """The second moments in the files of --from, if all have them.
-
-    Raises:
-        StatisticsError: they are of another model, or missing without --best.
-    """
+    """The second moments in the files of --from, if all have them; without --best they must."""
     from ..layers import find_layers
     from ..naming import fitting
     from ..rounding import KeptMoments

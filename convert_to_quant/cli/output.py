@@ -40,12 +40,7 @@ _noted: set[str] = set()
 
 
 def configure(*, quiet: bool = False, made_by: Mapping[str, Any] | None = None) -> None:
-    """Start a command.
-
-    Args:
-        quiet: print only errors and data.
-        made_by: the `made_by` entry of its JSON documents: tool, version, command, options.
-    """
+    """Start a command; `made_by` is the entry of that name in its JSON documents."""
     global _begun, _quiet, _made_by
     _begun, _quiet, _made_by = time.monotonic(), quiet, made_by or {}
     _noted.clear()
@@ -57,15 +52,7 @@ def seconds_taken() -> float:
 
 
 def foresee(outputs: Iterable[Path], *, dry: bool = False) -> None:
-    """Before any work, check that the folders of outputs are writable, and remember which outputs exist.
-
-    Args:
-        outputs: the files.
-        dry: do not write to the folders.
-
-    Raises:
-        OutputError: a folder is not writable.
-    """
+    """Before any work, remember which outputs exist and, unless in a dry run, refuse folders that are not writable."""
     from ..checkpoint import rehearse
 
     tried: set[Path] = set()
@@ -176,15 +163,7 @@ def _clean(cell: str) -> str:
 
 
 def write_json(place: str | None, document: Mapping[str, Any]) -> None:
-    """Write the document of `--json`, with its `made_by` entry.
-
-    Args:
-        place: a file, pipe or device, "-" for stdout, or None.
-        document: the content.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write the document of `--json`, with its `made_by` entry, to a file, a pipe, or stdout ("-")."""
     if place is None:
         return
     told = {**document, **({"made_by": _made_by} if _made_by else {})}
@@ -200,15 +179,7 @@ def write_json(place: str | None, document: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_bar(title: str, *, unit: str = "") -> Iterator[Progress]:
-    """Show progress: a bar with the time left on a terminal, a line now and then elsewhere.
-
-    Args:
-        title: the activity.
-        unit: "bytes" to show the transfer rate, too.
-
-    Yields:
-        A function of the work done and the total.
-    """
+    """Show progress: a bar on a terminal, with the rate for the unit "bytes", and a line now and then elsewhere."""
     if _quiet:
         yield lambda _done, _total: None
     elif is_terminal(sys.stderr):

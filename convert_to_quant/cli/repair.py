@@ -10,8 +10,8 @@ from .calibration import recover_input
 from .output import print_table, say, write_json, wrote
 
 DESCRIPTION = """\
-Repair missing or broken quantization configs, in place or with -o. Only layers whose tensors identify their format are
-changed."""
+Repair missing or broken quantization configs, in place or, with -o, in a new file. Only layers whose tensors identify
+their format are changed."""
 EPILOG = """\
 examples:
   convert_to_quant repair flux_fp8.safetensors --dry-run

@@ -30,16 +30,9 @@ NOISE = "noise"
 
 
 def add_running_arguments(parser: argparse.ArgumentParser, seed: int, *, several: bool = False, **defaults: Any) -> Any:
-    """Add the options for model inputs and device.
+    """Add the options for model inputs and device, with defaults; return their group.
 
-    Args:
-        parser: of the command.
-        seed: the default.
-        several: allow several files of prompt embeddings.
-        **defaults: of other options, by field.
-
-    Returns:
-        The group of the options.
+    `several` allows several files of prompt embeddings.
     """
     shown = parser.add_argument_group("model input and device")
     more: dict[str, Any] = {"action": "append", "default": []} if several else {"default": NOISE}
@@ -64,10 +57,8 @@ def check_device(name: str) -> None:
 def settle(args: argparse.Namespace, checkpoint: Checkpoint, *, runs: bool = True) -> None:
     """Choose the device and the inputs that the user left open, and print them with the memory that the model needs.
 
-    Args:
-        args: the options; sets `device` and `steps`, and for a large model on a CPU a smaller size.
-        checkpoint: the model.
-        runs: whether the model runs. Otherwise the device defaults to the CPU, as copying is limited by the disk.
+    A large model on a CPU gets smaller inputs. If the model does not run, the device defaults to the CPU, as copying is
+    limited by the disk.
     """
     from ..layers import find_layers
 

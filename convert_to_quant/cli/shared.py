@@ -65,11 +65,9 @@ MOST_TEXT_BYTES = 1 << 25
 
 
 def add_shared_options(parser: Parser, *, writes: bool) -> None:
-    """Add the shared options that a command lacks, and the hidden opposite of every switch.
+    """Add the shared options that a command or its actions lack, and the hidden opposite of every switch.
 
-    Args:
-        parser: of the command; if it has actions, each of them gets the options.
-        writes: whether the command writes more than a report, and so needs --dry-run.
+    A command that writes more than a report also gets --dry-run.
     """
     actions = parser.subcommands()
     if actions is not None:
@@ -95,11 +93,7 @@ def kind_of(action: argparse.Action) -> Kind | None:
 
 
 def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Path, Kind]]:
-    """The paths in a command line: option, path and kind.
-
-    Raises:
-        OutputError: an output file has the name of a folder.
-    """
+    """The paths in a command line: option, path and kind; an output file with the name of a folder is refused."""
     for action in parser._actions:
         kind = kind_of(action)
         if action.help == argparse.SUPPRESS or kind is None:
@@ -121,13 +115,7 @@ def paths_of(parser: Parser, args: argparse.Namespace) -> Iterator[tuple[str, Pa
 def read_text(path: Path, refuse: Callable[[str], Error], most_bytes: int = MOST_TEXT_BYTES) -> str:
     """Read a text file in UTF-8, without a byte order mark.
 
-    Args:
-        path: the file; pipes (which would block), devices and sockets are refused.
-        refuse: makes the error from "cannot be read: ...".
-        most_bytes: maximum size.
-
-    Raises:
-        Error: the file cannot be read; made by `refuse`.
+    If it cannot be read, `refuse` makes the error. Pipes, which would block, devices and sockets are refused.
     """
     from ..checkpoint.reader import refuse_special
 
@@ -148,11 +136,7 @@ def read_text(path: Path, refuse: Callable[[str], Error], most_bytes: int = MOST
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not empty.
-
-    Raises:
-        OptionError: the file cannot be read, or has no prompts.
-    """
+    """The lines of a file that are not empty; a file without any is refused."""
     text = read_text(path, lambda problem: OptionError(f"the prompts {problem}", path=path))
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
