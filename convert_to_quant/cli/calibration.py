@@ -146,7 +146,6 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
         if not args.in_place:
             rewrite(patch, target)
         say(wrote(target))
-        note_ending(target)
     note_unmarked(checkpoint, target, args)
     if not (args.in_place or args.dry_run):
         say_totals(checkpoint, target)
@@ -154,9 +153,10 @@ def finish(checkpoint: Checkpoint, calibration: Calibration, args: argparse.Name
 
 
 def say_totals(checkpoint: Checkpoint, output: Path) -> None:
-    """Print the size before and after, and the command's duration."""
+    """Print the size before and after, and the command's duration; warn about an unusual suffix."""
     from ..checkpoint import open_checkpoint
 
+    note_ending(output)
     with open_checkpoint(output) as written:
         before, after = (size(one.size_bytes) for one in (checkpoint, written))
     say(f"{before} → {after} in {duration(seconds_taken())}")

@@ -18,7 +18,6 @@ from .calibration import (
     calibrate,
     calibrate_output,
     finish,
-    note_ending,
     opened,
     say_totals,
 )
@@ -222,7 +221,6 @@ def convert_file(
     say(f"{summary}; {wrote(output)}")
     if survival.delta_energy:
         say(f"merged change after rounding: correlation {survival.correlation:.3f}, {survival.decibels:.1f} dB")
-    note_ending(output)
     note(*plan.readers())
     unmeasured = (not fmt.dynamic and layer.input_scale is None for layer, fmt in plan.quantized)
     if not (calibrating or best) and options.input_scale and any(unmeasured):

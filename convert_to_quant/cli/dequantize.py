@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..telling import advance
-from .calibration import note_ending, say_totals
+from .calibration import say_totals
 from .output import progress_bar, say, write_json, wrote
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def write_layout(
             total = sum(info.nbytes for info in checkpoint.tensors.values())
             write(checkpoint, layout, output, jobs, progress=advance(progress, total), before_commit=before_commit)
         say(f"{done}; {wrote(output)}")
-        note_ending(output)
         say_totals(checkpoint, output)
     if before_commit is None:  # calibration writes its own
         write_json(args.json, {"done": done, "tensors": len(layout.specs)})

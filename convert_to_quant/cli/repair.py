@@ -47,12 +47,9 @@ def run(args: argparse.Namespace) -> int:
             print_table(("layer", "found", "repaired to", "location"), cells, optional=(3,), talk=args.json == "-")
         done = f"{plural(len(repairs), 'broken quantization config')} in {checkpoint.path}"
         if args.dry_run or not repairs:
-            say(f"dry run: {done}; nothing was written" if args.dry_run else f"{done}; nothing was written")
+            say(f"{'dry run: ' if args.dry_run else ''}{done}; nothing was written")
         else:
-            if args.in_place:
-                apply_in_place(patch)
-            else:
-                rewrite(patch, Path(args.output))
+            apply_in_place(patch) if args.in_place else rewrite(patch, Path(args.output))
             say(f"repaired {done}; {wrote(args.output or checkpoint.path)}")
         write_json(args.json, {"repairs": [asdict(one) for one in repairs]})
     return 0
