@@ -57,12 +57,7 @@ def with_suffix(name: str) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """A checkpoint in one of ComfyUI's lists.
-
-    Attributes:
-        root: its models folder.
-        path: the file.
-    """
+    """A checkpoint in one of ComfyUI's lists, and the models folder that contains it."""
 
     root: Path
     path: Path
@@ -104,11 +99,7 @@ def checkpoint_names() -> list[str]:
 
 
 def choose_checkpoint(name: str) -> Choice:
-    """A checkpoint by its entry in `checkpoint_names`.
-
-    Raises:
-        OptionError: ComfyUI does not list it.
-    """
+    """A checkpoint by its entry in `checkpoint_names`."""
     import folder_paths
 
     kind, _, listed = name.partition("/")
@@ -137,15 +128,7 @@ def as_output(path: Path) -> dict[str, str]:
 
 
 def next_output(prefix: str, suffix: str = SUFFIX) -> Path:
-    """The next unused path in ComfyUI's output folder, numbered like ComfyUI's images.
-
-    Args:
-        prefix: subfolder and name below the output folder.
-        suffix: of the file.
-
-    Raises:
-        OptionError: the prefix leads out of the output folder.
-    """
+    """The next unused path in ComfyUI's output folder, numbered like ComfyUI's images."""
     start = inside(output_folder(), prefix)
     taken = re.compile(rf"{re.escape(start.name)}_(\d+)_{re.escape(suffix)}", re.IGNORECASE)
     matches = (taken.fullmatch(path.name) for path in start.parent.glob("*")) if start.parent.is_dir() else ()
@@ -154,12 +137,7 @@ def next_output(prefix: str, suffix: str = SUFFIX) -> Path:
 
 
 def statistics_file(name: str) -> Path:
-    """A file in ComfyUI's output folder, or else in its input folder.
-
-    Raises:
-        OptionError: the name leads outside.
-        StatisticsError: the file is missing.
-    """
+    """A file in ComfyUI's output folder, or else in its input folder."""
     import folder_paths
 
     folders = [output_folder(), Path(folder_paths.get_input_directory())]
@@ -180,9 +158,6 @@ def prepare(path: Path) -> list[str]:
 
     Returns:
         A note if an existing file will be replaced.
-
-    Raises:
-        OutputError: the folder cannot be created.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

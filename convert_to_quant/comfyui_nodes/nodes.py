@@ -565,9 +565,6 @@ def embeddings_of(conditioning: Sequence[tuple[torch.Tensor, Mapping[str, Any]]]
 
     Args:
         conditioning: a CONDITIONING: (embeddings [prompts, tokens, channels], further values) per entry.
-
-    Raises:
-        OptionError: there are no entries, or their lengths or parts differ.
     """
     import torch
 
@@ -596,11 +593,7 @@ def summary(calibration: Calibration) -> list[str]:
 
 
 def conversion_options(name: str, exclude: str) -> ConvertOptions:
-    """Options for a format of `QUANTIZED` and regular expressions, one per line.
-
-    Raises:
-        OptionError: the format is unknown, or a line is not a regular expression.
-    """
+    """Options for a format of `QUANTIZED` and regular expressions, one per line."""
     if name not in QUANTIZED:
         raise OptionError(f"{name!r} is not a format that ComfyUI reads", hint=f"one of {', '.join(QUANTIZED)}")
     patterns = tuple(line.strip() for line in exclude.splitlines() if line.strip())

@@ -71,21 +71,13 @@ def find(comfyui: Path) -> tuple[Path, bool]:
 
 
 def install(folder: Path) -> None:
-    """Write the pack to the folder that `find` returned, over any version of it.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write the pack to the folder that `find` returned, over any version of it."""
     prepare(folder / FILE)
     write_bytes(folder / FILE, content())
 
 
 def uninstall(folder: Path) -> None:
-    """Remove the folder that `find` returned.
-
-    Raises:
-        OutputError: it cannot be removed.
-    """
+    """Remove the folder that `find` returned."""
     try:
         shutil.rmtree(folder)
     except OSError as error:

@@ -100,11 +100,7 @@ class Recorder:
         return clone
 
     def statistics(self) -> Statistics:
-        """Everything recorded so far.
-
-        Raises:
-            CalibrationError: nothing was recorded.
-        """
+        """Everything recorded so far."""
         if self._total is None:
             raise CalibrationError(
                 "nothing was recorded yet",

@@ -77,11 +77,7 @@ class Model:
         return isinstance(self.patcher.model.model_sampling, CONST)
 
     def scene(self, shown: ShownOptions) -> Scene:
-        """The size of a sample in this model's latents.
-
-        Raises:
-            UnsupportedModelError: the size of an input cannot be found in the network.
-        """
+        """The size of a sample in this model's latents."""
         made = self.patcher.model.latent_format
         *pixels, frames, text_tokens = sizes.usual(shown.size)
         step = self._wants.multiple
@@ -152,10 +148,6 @@ class Model:
 
         Returns:
             The sample, as ComfyUI passes it to a VAE.
-
-        Raises:
-            UnsupportedModelError: ComfyUI fails.
-            CalibrationError: a layer transforms its input in a way unknown to the recorder.
         """
         from comfy.model_sampling import IMG_TO_IMG, IMG_TO_IMG_FLOW
         from comfy.nested_tensor import NestedTensor
@@ -183,11 +175,7 @@ class Model:
             )
 
     def adapted(self, adapters: Sequence[Lora]) -> Any:
-        """The model with adapters, applied by ComfyUI's loader.
-
-        Raises:
-            LoraError: none of a file's weights fits the model.
-        """
+        """The model with adapters, applied by ComfyUI's loader."""
         import comfy.sd
         import comfy.utils
 
@@ -213,11 +201,7 @@ class Model:
 
 
 def load(checkpoint: Checkpoint, table: LayerTable) -> Model:
-    """Load a file as ComfyUI's nodes do. Call it inside `inprocess_tree.imported`.
-
-    Raises:
-        UnsupportedModelError: ComfyUI cannot load it, it has several files, or its inputs are unknown here.
-    """
+    """Load a file as ComfyUI's nodes do. Call it inside `inprocess_tree.imported`."""
     import comfy.sd
 
     if len(checkpoint.files) > 1:
@@ -364,9 +348,6 @@ def watched(model: Model) -> tuple[dict[str, tuple[int, int]], dict[str, list[st
 
     Returns:
         {layer: (out, in)} and {module: layers with its input}.
-
-    Raises:
-        CalibrationError: none of them is in the model.
     """
     known = model.table.shapes()
     layers = layers_to_record(known, model.table.diffusion, model.feeds)

@@ -52,11 +52,7 @@ def conditions_of(classes: Iterable[str]) -> Conditions:
 
 
 def wanted(conditions: Conditions, scene: Scene) -> dict[str, tuple[Want, tuple[int, ...]]]:
-    """A model's inputs and their shapes.
-
-    Raises:
-        UnsupportedModelError: the network lacks a part that determines a size.
-    """
+    """A model's inputs and their shapes."""
     return {
         name: (want, tuple(measure(size, scene) for size in want.shape))
         for name, want in conditions.wants.items()
@@ -73,16 +69,7 @@ def draw(
     *,
     as_encoded: Wrap = as_it_is,
 ) -> dict[str, Any]:
-    """A random conditioning, in the form of ComfyUI's nodes.
-
-    Args:
-        conditions: the model's inputs.
-        scene: sizes.
-        way: kind of conditioning.
-        seed: of the run.
-        number: of the trajectory.
-        as_encoded: converts the network's latents to those that a VAE outputs.
-    """
+    """A random conditioning, in the form of ComfyUI's nodes."""
     entries = wanted(conditions, scene)
     signals = {name: Signal(shape) for name, (want, shape) in entries.items() if want.kind == "noise"}
     values: dict[str, Tensor] = noise.conditioning(signals, way, seed, number)

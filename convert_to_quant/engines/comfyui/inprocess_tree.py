@@ -39,9 +39,6 @@ OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
 def folder_of(given: StrPath | None) -> Path:
     """Absolute path of the ComfyUI tree to use.
 
-    Args:
-        given: a folder; None: the environment's.
-
     Raises:
         OptionError: no folder is given, or it is not a ComfyUI tree.
     """
@@ -71,11 +68,7 @@ def version(folder: Path) -> str:
 
 
 class Messages(logging.Handler):
-    """Collects ComfyUI's warnings and errors.
-
-    Attributes:
-        texts: of them, each once.
-    """
+    """Collects ComfyUI's warnings and errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -36,12 +36,7 @@ FILE = {"filename": str, "subfolder": str, "type": str, "recording": str, "sampl
 
 @dataclass(frozen=True)
 class Run:
-    """Prompt and seed of one run; None keeps the workflow's own.
-
-    Attributes:
-        prompt: for all texts of the plan.
-        seed: for all seeds of the plan.
-    """
+    """Prompt and seed of one run; None keeps the workflow's own."""
 
     prompt: str | None
     seed: int | None
@@ -55,9 +50,6 @@ def plan_runs(plan: Plan, prompts: Sequence[str] | None, seeds: int | None, firs
         prompts: None keeps the workflow's own.
         seeds: number of runs per prompt; None: `SEEDS`, or one if the workflow has no seed.
         first_seed: the others count up from it.
-
-    Raises:
-        OptionError: the workflow has no text or no seed to vary.
     """
     if prompts is not None and not plan.texts:
         raise OptionError(

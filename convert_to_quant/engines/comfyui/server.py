@@ -75,9 +75,6 @@ class Server:
     Args:
         address: its URL; see `check_address`.
         patience_seconds: timeout of each read.
-
-    Raises:
-        OptionError: the address is invalid.
     """
 
     def __init__(self, address: str, patience_seconds: float = PATIENCE_SECONDS) -> None:
@@ -93,11 +90,7 @@ class Server:
         self.cancel()
 
     def types(self, classes: Iterable[str]) -> dict[str, NodeType]:
-        """Inputs and outputs of node classes, without those that the server does not have.
-
-        Raises:
-            CalibrationError: nothing answers, it is not ComfyUI, or it does not have our nodes.
-        """
+        """Inputs and outputs of node classes, without those that the server does not have."""
         if "system" not in as_object(self._ask("/system_stats")):
             raise self._error("the server is not ComfyUI")
         found = {name: kind for name in classes if (kind := self._type(name)) is not None}
@@ -161,10 +154,6 @@ class Server:
         Args:
             file: parameters of `/view`: filename, subfolder, type.
             path: the local file.
-
-        Raises:
-            CalibrationError: the server does not send it.
-            OutputError: it cannot be written.
         """
         name = shown("/".join(part for part in (file["subfolder"], file["filename"]) if part))
         with self._open("/view", file) as answer:
@@ -206,12 +195,7 @@ class Server:
         return CalibrationError(problem, path=self.address, hint=hint)
 
     def _ask(self, path: str, body: Any = None) -> Any:
-        """GET, or POST JSON. Returns the answer's JSON, also of a rejected workflow; None if it is not JSON.
-
-        Raises:
-            NoAnswerError: the server does not answer.
-            StatusError: an HTTP error.
-        """
+        """GET, or POST JSON. Returns the answer's JSON, also of a rejected workflow; None if it is not JSON."""
         with self._open(path, body=body) as answer:
             content = b"".join(self._chunks(answer, f"its answer to {path}", MOST_JSON_BYTES))
         try:
@@ -220,13 +204,7 @@ class Server:
             return None
 
     def _open(self, path: str, query: Mapping[str, str] | None = None, body: Any = None) -> Any:
-        """Send a request. The answer's content is read with `_chunks`.
-
-        Raises:
-            NoAnswerError: the server does not answer.
-            StatusError: an HTTP error.
-            CalibrationError: a redirect.
-        """
+        """Send a request. The answer's content is read with `_chunks`."""
         url = self.address + path + (f"?{urllib.parse.urlencode(query, errors='replace')}" if query else "")
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310  http or https
@@ -241,12 +219,7 @@ class Server:
             raise self._no_answer(getattr(error, "reason", error)) from None
 
     def _chunks(self, answer: Any, name: str, most_bytes: int) -> Iterator[bytes]:
-        """The content of an answer.
-
-        Raises:
-            NoAnswerError: it broke off.
-            CalibrationError: it is too large.
-        """
+        """The content of an answer."""
         received = 0
         while True:
             try:

@@ -207,9 +207,6 @@ def parse(text: str, path: StrPath | None = None) -> Nodes:
     Args:
         text: JSON.
         path: its file, for messages.
-
-    Raises:
-        CalibrationError: it is not one.
     """
 
     def wrong(problem: str, node: str | None = None) -> CalibrationError:
