@@ -183,15 +183,7 @@ class Choice:
 
 
 class Models:
-    """One variant of the model: the reference in float32, and the FP8 model with adjustable layers.
-
-    Attributes:
-        variant: its name.
-        checkpoint: the FP8 file, converted with defaults.
-        geometry: of the images that it was trained on.
-        table: its layers.
-        present: current state of the FP8 layers.
-    """
+    """One variant of the model: the reference in float32, and the FP8 model with adjustable layers."""
 
     def __init__(
         self, variant: str, source: Checkpoint, checkpoint: Checkpoint, device: str, geometry: Geometry = GEOMETRY
@@ -257,14 +249,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Guided:
-    """One step of sampling under guidance: all prompts, then as many empty ones.
-
-    Attributes:
-        latents: [2 · prompts, ...].
-        sigma: noise level.
-        conditioning: by name, each [2 · prompts, ...].
-        velocity: the model's output.
-    """
+    """One step of sampling under guidance. Tensors are [2 · prompts, ...]: all prompts, then as many empty ones."""
 
     latents: Tensor
     sigma: float

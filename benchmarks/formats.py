@@ -61,13 +61,7 @@ FOUR_OVER_SIX = "nvfp4, four over six"
 
 
 class Judge:
-    """Measures mixes of a model on prompts.
-
-    Args:
-        model: the model.
-        geometry: of the images.
-        count: number of prompts.
-    """
+    """Measures mixes of a model on prompts."""
 
     def __init__(self, model: denoiser.Denoiser, geometry: Geometry, count: int) -> None:
         latents = check_latents(model, geometry, count, emoji.HELD_OUT_SEED)

@@ -32,13 +32,7 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Command:
-    """A command line.
-
-    Attributes:
-        arguments: program and arguments.
-        directory: working directory.
-        environment: all environment variables.
-    """
+    """A command line."""
 
     arguments: Sequence[str]
     directory: Path
@@ -59,11 +53,7 @@ class CommandFailedError(RuntimeError):
 
 
 def run(command: Command) -> Run:
-    """Run a command once and measure it.
-
-    Raises:
-        CommandFailedError: its exit code is not 0.
-    """
+    """Run a command once and measure it."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -124,19 +114,7 @@ class Measurement:
 
 
 def alternate(contenders: Sequence[Contender], repeats: int, progress: Callable[[str], None]) -> list[Measurement]:
-    """Measure contenders in turns, in reverse order every second round.
-
-    Args:
-        contenders: to compare.
-        repeats: runs of each.
-        progress: called with one line per run.
-
-    Returns:
-        One measurement per contender.
-
-    Raises:
-        CommandFailedError: a command failed.
-    """
+    """Measure contenders in turns, in reverse order every second round."""
     found = [Measurement(contender) for contender in contenders]
     for turn in range(repeats):
         for one in found if turn % 2 == 0 else found[::-1]:
