@@ -1,8 +1,8 @@
-"""What the tests beside this file ask of the real ComfyUI, in a process of its own; see `processes.py`.
+"""Functions that run in the real ComfyUI's own process, for the tests in this folder; see `processes.py`.
 
-Importing ComfyUI changes the process: it reads the command line, logs, sets torch's flags and puts folders in place.
-What is done is done with ComfyUI's own functions: its loader, its `apply_model`, its sampler. Nothing of it is copied
-or replaced, save torchvision and torchaudio where they are missing: it imports both for models that no test here runs.
+Importing ComfyUI changes the process: it parses the command line, logs, sets torch's flags and creates folders. All
+work uses ComfyUI's own functions: its loader, `apply_model` and its sampler. Only torchvision and torchaudio are
+replaced if they are missing: ComfyUI imports both for models that no test runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STAND_INS = ("torchvision", "torchaudio")
 
 
 class StandIn(types.ModuleType):
-    """A package that is not installed: any name can be imported from it, and none does anything."""
+    """A replacement for a missing package: any name can be imported from it and does nothing."""
 
     __path__: ClassVar[list[str]] = []
 
@@ -85,7 +85,7 @@ def serve(tree: Path, work: Path, *flags: str) -> None:
 
 @contextmanager
 def messages() -> Iterator[list[str]]:
-    """What a user is warned of inside a block, whether it is logged or raised as Python's warnings."""
+    """Warnings inside a block, logged or by Python's warnings."""
     told: list[str] = []
     handler, root = logging.Handler(logging.WARNING), logging.getLogger()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
@@ -100,7 +100,7 @@ def messages() -> Iterator[list[str]]:
 
 
 MODELS: dict[str, Any] = {}
-"""Loaded models (ModelPatcher) by the name that the test gave them."""
+"""Loaded models (ModelPatcher) by the test's names."""
 
 
 def load(

@@ -1,4 +1,4 @@
-"""ComfyUI in processes of its own, as tests talk to it."""
+"""ComfyUI in its own processes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Makes a ComfyUI run workflows for Flux.1 with the emoji model: its text encoder and VAE in place of theirs.
+"""Lets ComfyUI run Flux.1 workflows with the emoji model, by replacing text encoder and VAE.
 
-Copied into `custom_nodes`. ComfyUI's own loader nodes then give objects that stand in for CLIP and VAE, whatever file
-is chosen; all other nodes, and the model itself, are ComfyUI's. The model paints images that the workflow takes for
-128 pixels wide; they have 32, and come enlarged to 256.
+Copied into `custom_nodes`. ComfyUI's loader nodes then return replacements for CLIP and VAE, whatever file is chosen;
+all other nodes and the model are ComfyUI's. The workflow assumes images of 128 pixels; the model generates 32 pixels,
+enlarged to 256.
 """
 
 from __future__ import annotations

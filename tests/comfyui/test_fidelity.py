@@ -1,4 +1,4 @@
-"""What calibration is for, inside ComfyUI: the velocity SQNR of its FP8 run against its own run of the original."""
+"""Image quality after calibration in ComfyUI: velocity SQNR of its FP8 run against its run of the original."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sqnr_db(
         made = files(name)
         plain = comfyui.velocity(files("plain").original, states)
         velocities = [comfyui.velocity(path, states) for path in (made.original, made.converted, made.calibrated)]
-        # A re-ranging is the same function. Unless the reference paints, closeness to it means nothing.
+        # A re-ranging is the same function, so the reference itself must be right.
         assert ours.sqnr_db(plain, velocities[0]) > 80
         before, after = (ours.sqnr_db(velocities[0], found) for found in velocities[1:])
         figure(f"{name}, input scales of 1.0", before)

@@ -1,9 +1,9 @@
-"""ComfyUI reads every format that we write as we say, and computes what we simulate.
+"""ComfyUI reads every format that we write, and computes what we simulate.
 
-Its CPU kernels ("eager") multiply every format but two. On a CPU, MXFP8 and NVFP4 are "emulated": weights are
-dequantized, inputs are not quantized. Where ComfyUI is told that the hardware can do it, it quantizes inputs and asks
-for a product that torch refuses ("CPU does not support swizzle"). Here that product fails in the way that kitchen
-foresees, so that kitchen multiplies what the codes mean. The sums of real kernels stay untested.
+Its CPU kernels ("eager") support every format but two. On a CPU, MXFP8 and NVFP4 are "emulated": weights are
+dequantized, and inputs are not quantized. If ComfyUI is told that the hardware supports them, it quantizes inputs and
+calls a matmul that torch refuses ("CPU does not support swizzle"). Here that call fails in the way that comfy-kitchen
+handles, so that comfy-kitchen multiplies the dequantized codes. Sums of real kernels are not tested.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A tiny random model of every family that ComfyUI detects, in the layout that its detection expects of a real file.
 
-Each row of `MODELS` is what shapes the tensors of ComfyUI's own network, beside its defaults and what its class demands
-of a file. Where detection reads a size off the tensors, the size in the row is what it will find in the file. What it
-takes for granted without looking ("a HiDream has 48 blocks") is told to it while the test runs: those sizes stand in
-`assumed`, and only they are changed.
+Each row of `MODELS` has the sizes of ComfyUI's network that differ from its defaults and from those that its class
+requires. Sizes that detection reads from the tensors are as in the file. Sizes that detection assumes ("a HiDream has
+48 blocks") are in `assumed`, and are patched while the test runs.
 
 Runs inside ComfyUI's process.
 """
@@ -24,13 +23,13 @@ class Tiny:
     """How to make a tiny model.
 
     Attributes:
-        config: of the network; what its class demands goes before it.
-        assumed: what detection assumes whatever the file holds, made smaller.
-        prefix: before the network's names in the file.
-        renamed: beginning of a tensor's name in the network -> in the file.
-        others: tensors beside the network's: name -> shape.
-        marks: empty tensors that say something by being there.
-        size: of what is painted: height, width, frames.
+        config: of the network; sizes that its class requires override it.
+        assumed: smaller values of what detection assumes.
+        prefix: of the network's names in the file.
+        renamed: prefix of a tensor's name in the network -> in the file.
+        others: further tensors: name -> shape.
+        marks: empty tensors that detection looks for.
+        size: height, width, frames of a sample.
     """
 
     config: Mapping[str, Any]
@@ -52,7 +51,7 @@ UNET = {
 
 
 def levels(count: int, blocks: int, **more: Any) -> dict[str, Any]:
-    """A U-Net of so many levels, without transformers in its middle and on its way up, whose labels are numbers."""
+    """A U-Net of `count` levels with numeric labels, without transformers in its middle and its up path."""
     return {
         **UNET, "num_classes": "sequential", "num_res_blocks": [blocks] * count, "channel_mult": [1] * count,
         "transformer_depth_output": [0] * count * (blocks + 1), "transformer_depth_middle": -1, **more,
@@ -359,12 +358,12 @@ LEFT_OUT: Mapping[str, str] = {
     "DepthAnything3": "no diffusion model",
     "Trellis2": "three models for voxels in one, newer than 0.33.0",
 }
-"""What is not made, and why."""
+"""Families without a tiny model, and why."""
 
 
 @contextmanager
 def shrunk(name: str) -> Iterator[None]:
-    """What ComfyUI's code says of a family, with the small sizes in place of those that it assumes."""
+    """Patch the sizes that ComfyUI's code assumes of a family."""
     import comfy.ldm.minimax_music.dit
     import comfy.supported_models
 
@@ -428,7 +427,7 @@ def save(name: str, path: Path) -> None:
 
 @contextmanager
 def assuming(name: str) -> Iterator[None]:
-    """Detection with the small sizes in place of those that it assumes."""
+    """Patch the sizes that detection assumes."""
     from comfy import model_detection
 
     detect = model_detection.detect_unet_config
