@@ -1,4 +1,4 @@
-"""Weights that torch quantizes: on the CPU as without it, and on a GPU as on the CPU."""
+"""Weights on a device: the same bytes as band by band on the CPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def quantized(path: Path, name: str, device: torch.device | None, **options: str
 
 @pytest.mark.parametrize("method", ["absmax", "mse"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_torch_makes_the_bytes_that_numpy_makes(source: Path, name: str, method: str) -> None:
+def test_a_weight_on_a_device_becomes_the_same_bytes(source: Path, name: str, method: str) -> None:
     if method == "mse" and name not in ("fp8", "int8-tensor"):
         pytest.skip("searches 320 rows one by one")
     assert quantized(source, name, CPU, weight_scale=method) == quantized(source, name, None, weight_scale=method)
