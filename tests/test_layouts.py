@@ -1,8 +1,7 @@
-"""Every layout of a released model: what it is, which layers are quantized, why the others are kept, what runs it.
+"""Layouts of released models: what each is, which layers are quantized, why others are kept, what runs it.
 
-`data/layouts.json.xz` has names, dtypes and shapes, as released: of ComfyUI's own classes, of diffusers' (`d_`), of
-full checkpoints, of text encoders (`te_`), and of files that are a little different (`x_`). What is expected of them is
-docs/models.md, which is written anew by `python tests/test_layouts.py` and then to be read line by line.
+`data/layouts.json.xz` has names, dtypes and shapes as released. The expected results are docs/models.md, which
+`PYTHONPATH=.:tests/doubles python tests/test_layouts.py` regenerates; read its diff line by line.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I64": 8}
 INTRODUCTION = """\
 # Released models
 
-Layouts of released models, at full size: what each is recognized as, how many linear layers `convert` quantizes to FP8,
-why it keeps the others, and what runs the model to calibrate it. Layouts that begin with `d_` have diffusers' names,
-`te_` are text encoders, `x_` are files that differ a little from what was released. Where no engine stands,
-`observe --comfyui-dir` runs the models that ComfyUI knows. Made by `tests/test_layouts.py`, which fails where this page
-is not what the code does.
+For layouts of released models, at full size: what the file is recognized as, how many linear layers `convert` quantizes
+to FP8, why it keeps the others, and which engine runs the model to calibrate it. Layouts named `d_` have diffusers'
+names, `te_` are text encoders, `x_` differ a little from a released file. Models without an engine run with
+`observe --comfyui-dir` if ComfyUI supports them. `tests/test_layouts.py` generates this page, and fails if it is
+outdated.
 
 | layout | model | variant | quantized | kept | engine |
 |---|---|---|---|---|---|
@@ -59,7 +58,7 @@ def opened(layout: Layout, folder: Path) -> Iterator[Checkpoint]:
 
 
 def row(name: str, folder: Path) -> str:
-    """What the code makes of a layout, as a row of the page."""
+    """The row of the page for a layout."""
     layout = layouts()[name]
     with opened(layout, folder) as checkpoint:
         plan = plan_conversion(checkpoint, ConvertOptions())
@@ -97,14 +96,14 @@ CONVERTERS = {
     "wan21_vace_14b": "convert_wan_transformer_to_diffusers",
     "z_image": "convert_z_image_transformer_checkpoint_to_diffusers",
 }
-"""Layouts in their authors' names -> diffusers' own function that gives them its names."""
+"""Layouts in their authors' names -> diffusers' converter."""
 
 
 AUTHORS: dict[str, Callable[[str], str]] = {
     "chroma": lambda tensor: re.sub(r"(_guidance_layer\.norms\.\d+)\.weight", r"\1.scale", tensor),
     "hunyuan-video": hunyuan_authors,
 }
-"""Families whose layouts are as ComfyUI names them -> what the converter expects."""
+"""Families whose layouts have ComfyUI's names -> the names that the converter expects."""
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
@@ -150,6 +149,6 @@ def test_the_page_has_a_row_for_each_layout_and_nothing_else() -> None:
     assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == list(layouts())
 
 
-if __name__ == "__main__":  # writes the page anew
+if __name__ == "__main__":  # regenerates the page
     with tempfile.TemporaryDirectory() as place:
         PAGE.write_text(INTRODUCTION + "".join(f"{row(each, Path(place))}\n" for each in layouts()), encoding="utf-8")
