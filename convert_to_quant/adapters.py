@@ -38,14 +38,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix whose rows are computed on request.
-
-    Attributes:
-        shape: (rows, columns).
-        rows: Computes some rows, float32 [rows, columns].
-        checkpoint: Its file.
-        tensor: Its first tensor.
-    """
+    """A matrix whose rows are computed on request, float32; its file and first tensor are for messages."""
 
     shape: tuple[int, int]
     rows: Callable[[Rows], Float32]

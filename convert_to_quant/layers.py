@@ -55,11 +55,7 @@ ProblemKind = Literal[
 
 
 class LayerError(TensorError):
-    """A layer cannot be used as it is declared or scaled.
-
-    Attributes:
-        kind: of problem.
-    """
+    """A layer cannot be used as it is declared or scaled."""
 
     def __init__(self, kind: ProblemKind, problem: str, *, path: Path, tensor: str, hint: str | None = None) -> None:
         self.kind = kind
@@ -152,14 +148,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class ForeignLayer:
-    """A quantized layer in a format that this tool leaves alone.
-
-    Attributes:
-        name: in the checkpoint.
-        form: format or dtype, as declared.
-        weight: its weight.
-        format: if it is recognized.
-    """
+    """A quantized layer in a format that this tool leaves alone: recognized or, where `format` is None, unknown."""
 
     name: str
     form: str
@@ -281,9 +270,7 @@ def _likely_size(size: int, count: int) -> int | None:
 def find_layers(checkpoint: Checkpoint, *, collect_problems: bool = False) -> LayerTable:
     """Find the linear layers of a checkpoint and how each is quantized.
 
-    Args:
-        checkpoint: the open checkpoint.
-        collect_problems: add problems to the table and leave out their layers, instead of raising the first.
+    With `collect_problems`, problems are added to the table and their layers left out, instead of raising the first.
 
     Raises:
         CheckpointError: an unreadable quantization config; a declared layer without weight scale; a weight scale of
@@ -472,15 +459,9 @@ class _Finder:
 
 
 def possible(checkpoint: Checkpoint, name: str, said: Config) -> list[Layer]:
-    """The formats that a weight's tensors fit.
+    """A layer in each format that its tensors fit, with the config that would declare it.
 
-    Args:
-        checkpoint: the checkpoint.
-        name: of the layer.
-        said: a quantization config that names no known format, but perhaps "convrot" and the like.
-
-    Returns:
-        The layer in each format, with the config that would declare it.
+    `said` is a quantization config that names no known format, but perhaps "convrot" and the like.
     """
     weight = checkpoint.tensors[name + names.WEIGHT]
     weight_scale = first(checkpoint, name, names.WEIGHT_SCALES)
@@ -515,15 +496,9 @@ def _marked(layer: Layer) -> Config:
 
 
 def determined(checkpoint: Checkpoint, name: str, said: Config | None = None) -> Layer:
-    """The only format that a weight's tensors fit.
+    """A layer in the only format that its tensors fit, with the config that would declare it.
 
-    Args:
-        checkpoint: the checkpoint.
-        name: of the layer.
-        said: its quantization config, if it has one that names no known format.
-
-    Returns:
-        The layer, with the config that would declare it.
+    `said` is its quantization config, if that names no known format.
 
     Raises:
         TensorError: its tensors fit several formats, or none.
@@ -544,12 +519,7 @@ def determined(checkpoint: Checkpoint, name: str, said: Config | None = None) ->
 
 
 def scales_per_row(scale: NDArray[np.float32], layer: Layer, rows: slice) -> NDArray[np.float32]:
-    """A weight scale, expanded to broadcast against rows of the weight.
-
-    Args:
-        scale: float32, in the file's shape.
-        layer: the layer.
-        rows: contiguous rows of the weight.
+    """A layer's weight scale, float32 in the file's shape, expanded to broadcast against contiguous rows of the weight.
 
     Returns:
         float32 [rows, 1] if a row has one scale, else [rows, in].
@@ -571,12 +541,7 @@ FOLDED = (
 
 
 def dequantize(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> NDArray[np.float32]:
-    """Real weights of a layer: code values × scale, or the stored values in high precision.
-
-    Args:
-        checkpoint: the checkpoint.
-        layer: any layer of `LayerTable.linear()`.
-        rows: contiguous rows; all by default.
+    """Real weights in contiguous rows of a layer: code values × scale, or the stored values in high precision.
 
     Returns:
         A new array, float32 [rows, in].
@@ -603,15 +568,9 @@ def whole_tiles(layer: Layer, start: int, stop: int) -> slice:
 
 
 def read_parts(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> dict[str, Tensor]:
-    """The stored tensors of a quantized layer, by suffix, as torch tensors.
+    """Copies of the stored tensors of a quantized layer by suffix, on the CPU; of tensors with rows, only `rows`.
 
-    Args:
-        checkpoint: the checkpoint.
-        layer: the layer.
-        rows: contiguous rows; of a packed format, `whole_tiles`.
-
-    Returns:
-        Copies on the CPU, with only these rows where a tensor has rows.
+    In a packed format these are contiguous `whole_tiles`.
     """
     start, stop, _ = rows.indices(layer.out_features)
     parts = {}
@@ -628,15 +587,7 @@ def read_parts(checkpoint: Checkpoint, layer: Layer, rows: slice = ALL_ROWS) -> 
 
 
 def dense(layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
-    """Real weights of a layer in a packed format.
-
-    Args:
-        layer: the layer.
-        parts: of `read_parts`, on any device.
-
-    Returns:
-        float32 [rows, in].
-    """
+    """Real weights, float32 [rows, in], of a packed layer from `read_parts`, on any device."""
     assert layer.format is not None
     levels, scale = layer.format.decode(parts, layer.config)
     weight_OI: Tensor = rotate(levels.float() * scale, layer.group)

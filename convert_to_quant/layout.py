@@ -36,13 +36,13 @@ Job = tuple[int, Callable[[Sink], None]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Every tensor of an output: dtype, shape and source.
+    """Every tensor of an output.
 
     Attributes:
-        specs: dtype and shape.
+        specs: dtypes and shapes.
         place: the input tensor whose shard it goes to.
-        small: bytes, if known.
-        copied: the input tensor to copy, if any.
+        small: bytes of those known.
+        copied: the input tensors to copy.
         metadata: of the header.
     """
 
@@ -56,13 +56,7 @@ class Layout:
 def lay_out(
     checkpoint: Checkpoint, made: Mapping[str, Tensors], dropped: Collection[str], metadata: Mapping[str, str]
 ) -> Layout:
-    """Lay out a new checkpoint.
-
-    Args:
-        checkpoint: the input.
-        made: input tensor -> the tensors that replace it.
-        dropped: input tensors to leave out.
-        metadata: of the header.
+    """Lay out a new checkpoint, in which `made` tensors replace those of the input, and `dropped` ones are left out.
 
     Raises:
         TensorError: two tensors would have the same name.
@@ -100,13 +94,7 @@ def told(checkpoint: Checkpoint, table: LayerTable, layer: Layer | ForeignLayer)
 def remark(
     checkpoint: Checkpoint, table: LayerTable, ways: Sequence[Way], besides: Collection[str] = ()
 ) -> tuple[dict[str, dict[str, tuple[Spec, Source]]], dict[str, Config], set[str]]:
-    """Declare quantized layers in other conventions; weights and scales stay the same, under the names required.
-
-    Args:
-        checkpoint: the input.
-        table: its layers.
-        ways: the conventions to write, which agree.
-        besides: layers to leave out.
+    """Declare quantized layers, except `besides`, in other conventions; weights and scales only change their names.
 
     Returns:
         `made` for `lay_out`, the configs, and the tensors to drop.

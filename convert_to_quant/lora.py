@@ -140,13 +140,7 @@ class Lora:
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """The change that one adapter makes to one layer.
-
-    Attributes:
-        lora: The file.
-        adapter: The adapter.
-        target: The checkpoint's layer and rows.
-    """
+    """The change that one adapter makes to one layer of a checkpoint, or to some rows of it."""
 
     lora: Lora
     adapter: Adapter
@@ -162,12 +156,9 @@ class Delta:
         return self.target.rows or (0, out_features)
 
     def apply(self, weight_OI: Float32, start: int, column_norms_I: Float32 | None = None) -> None:
-        """Change some of its rows in place.
+        """Change rows in place, float32 [rows, in], of which `start` is the first, counted from the target's first row.
 
-        Args:
-            weight_OI: float32 [rows, in].
-            start: The first of them, counted from the target's first row.
-            column_norms_I: ‖V‖ of each column, float32 [in], if the magnitude is per column.
+        Magnitudes per column need ‖V‖ of each column, float32 [in].
         """
         rows = self._rows(start, len(weight_OI))
         if self.adapter.magnitude_tensor is None:
@@ -202,13 +193,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Addition:
-    """Values that a file adds to a bias or a norm.
-
-    Attributes:
-        lora: The file.
-        tensor: Its tensor.
-        target: The checkpoint's tensor and values.
-    """
+    """Values of a file's tensor that are added to a bias or a norm of a checkpoint, or to some values of it."""
 
     lora: Lora
     tensor: str
@@ -326,13 +311,7 @@ def _reasons(findings: Iterable[Finding]) -> Counter[str]:
 
 
 def merge_rows(match: LoraMatch, layer: str, weight_OI: Float32, rows: tuple[int, int] | None = None) -> Float32:
-    """A layer's weight, or some of its rows, with all its changes added in float32.
-
-    Args:
-        match: The matched files.
-        layer: Name of the layer.
-        weight_OI: float32 [stop - start, in], or [out, in] if `rows` is None; not modified.
-        rows: (start, stop) of the rows in `weight_OI`.
+    """`weight_OI`, the rows (start, stop) of a layer's weight, or all, with the layer's changes added.
 
     Returns:
         float32 of the same shape; `weight_OI` itself if nothing is matched.
@@ -358,13 +337,8 @@ class Survival:
     weights and a LoRA of 1 % of their norm: FP8 per tensor 0.35 and -8.5 dB, INT8 per row 0.77 and 1.7 dB; a LoRA of
     10 %: 0.97 and 11.5 dB, 1.00 and 21.6 dB.
 
-    Sums are over all values, in float64, so they can be added in any pieces, also of several layers.
-
-    Attributes:
-        delta_energy: ‖Δ‖².
-        left_energy: ‖S‖².
-        product: ⟨S, Δ⟩.
-        error_energy: ‖S - Δ‖².
+    The attributes are the float64 sums ‖Δ‖², ‖S‖², ⟨S, Δ⟩ and ‖S - Δ‖² over all values, which add up over pieces and
+    layers.
 
     >>> survival = Survival()
     >>> w = np.float32([1, 1, 1, 1])
@@ -451,15 +425,7 @@ def open_loras(texts: Iterable[str]) -> Iterator[list[Lora]]:
 
 
 def load_lora(path: StrPath, strength: float = 1.0) -> Lora:
-    """Read a LoRA file, sort its tensors, and check every adapter of the diffusion model.
-
-    Args:
-        path: A `.safetensors` file.
-        strength: The user's factor, finite; 1 applies the file as trained.
-
-    Returns:
-        The file; its adapters have all factors, matching ranks and finite values. `match_loras` checks that they fit a
-        checkpoint.
+    """Read a LoRA file, and check that its adapters have all factors, matching ranks and finite values.
 
     Raises:
         OptionError: `strength` is not finite.

@@ -119,9 +119,6 @@ def check_patterns(flag: str, patterns: Iterable[str]) -> None:
 def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     """Find and remove the prefix of a checkpoint's diffusion model, and words of wrappers.
 
-    Args:
-        names: Layer or tensor names of one checkpoint.
-
     Returns:
         The prefix, and {name in the file: name without it} in the order given. Names without the prefix (a VAE or text
         encoder in the same file) are left out.

@@ -86,14 +86,10 @@ CONDITIONS: Mapping[str, Conditions] = {name: takes for record in RECORDS for na
 
 
 def detect(names: Collection[str], shapes: Mapping[str, Shape]) -> Family | None:
-    """Recognize a checkpoint's family.
-
-    Args:
-        names: Tensor names without the checkpoint's prefix.
-        shapes: The same names -> shapes; only U-Nets need them.
+    """The family of a checkpoint by its tensor names without prefix, and, for U-Nets, their shapes.
 
     Returns:
-        The family, or None if none fits (use `GENERIC`). No checkpoint fits two.
+        None if no family fits (use `GENERIC`). No checkpoint fits two.
     """
     modules = module_names(names)
     fitting = (known for known in RECORDS if any(signature.fits(modules, shapes) for signature in known.signatures))
@@ -101,10 +97,7 @@ def detect(names: Collection[str], shapes: Mapping[str, Shape]) -> Family | None
 
 
 def family(name: str) -> Family:
-    """Look up a family by its `--preset` name; case, `_` and spaces do not matter.
-
-    Args:
-        name: A key of `FAMILIES`, or "generic".
+    """Look up a family, or `GENERIC`, by its `--preset` name; case, `_` and spaces do not matter.
 
     Raises:
         OptionError: There is no such family.
@@ -193,11 +186,7 @@ class LoraNames:
 
 
 def lora_names(layers: Mapping[str, tuple[int, int]]) -> LoraNames:
-    """What the names that LoRA files use for some layers mean.
-
-    Args:
-        layers: Names of a checkpoint's linear layers, without prefix -> (out, in) features.
-    """
+    """What LoRA files' names mean for a checkpoint's linear layers: name without prefix -> (out, in) features."""
     fused = _fused(layers)
     shapes = {name: (parts[-1].first + layers[parts[-1].layer][0], layers[parts[0].layer][1])
               for name, parts in fused.items()}  # fmt: skip

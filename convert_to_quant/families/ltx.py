@@ -41,13 +41,11 @@ def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
 
 
 def _arguments(inputs: Inputs) -> dict[str, Any]:
-    return {
-        **inputs.usual(1000),
-        "num_frames": inputs.geometry.frames,
-        "height": inputs.geometry.height,
-        "width": inputs.geometry.width,
-        "rope_interpolation_scale": SCALES,
-    }
+    return {**inputs.usual(1000), **_sizes(inputs.geometry), "rope_interpolation_scale": SCALES}
+
+
+def _sizes(geometry: Geometry) -> dict[str, int]:
+    return {"num_frames": geometry.frames, "height": geometry.height, "width": geometry.width}
 
 
 def _ltx2_config(shapes: Shapes) -> dict[str, Any]:
@@ -91,16 +89,13 @@ def _ltx2_texts(name: str) -> Want:
 
 
 def _ltx2_arguments(inputs: Inputs) -> dict[str, Any]:
-    geometry = inputs.geometry
-    sound = AUDIO_TOKENS * geometry.frames
+    sound = AUDIO_TOKENS * inputs.geometry.frames
     return {
         **inputs.usual(1000),
+        **_sizes(inputs.geometry),
         "hidden_states": inputs.latents[:, :-sound],
         "audio_hidden_states": inputs.latents[:, -sound:],
         "sigma": inputs.time(1000),
-        "num_frames": geometry.frames,
-        "height": geometry.height,
-        "width": geometry.width,
         "audio_num_frames": sound,
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 from .base import Family, signature
 from .comfyui import Want, ones, takes
 from .rules import GATE_LINEAR, QKV, SHIFT_SCALE, THIRDS, rules, under
-from .running import Architecture, Shapes, mask, measured, text
+from .running import Architecture, Shapes, mask, measured, text, video
 
 
 def _config(shapes: Shapes) -> dict[str, Any]:
@@ -20,11 +20,6 @@ def _config(shapes: Shapes) -> dict[str, Any]:
         "text_embed_dim": text_width,
         "time_embed_dim": shapes["time_embed.timestep_embedder.linear_1.weight"][1],
     }
-
-
-def _latents(config: Any, geometry: Any) -> tuple[int, ...]:
-    patch = config["patch_size"]
-    return config["in_channels"], geometry.frames, patch * geometry.height, patch * geometry.width
 
 
 FAMILY = Family(
@@ -57,7 +52,7 @@ FAMILY = Family(
     architecture=Architecture(
         transformer="MochiTransformer3DModel",
         config=_config,
-        latents=_latents,
+        latents=video("patch_size"),
         wants={"encoder_hidden_states": text("text_embed_dim"), "encoder_attention_mask": mask},
         arguments=lambda inputs: inputs.usual(-1000, 1000),  # time is 0 for noise, and the output points to the video
         velocity=operator.neg,

@@ -75,8 +75,7 @@ class Part:
 
     Attributes:
         fused: How the layer is fused; None means all of it.
-        first: The first piece.
-        stop: The piece after the last.
+        first, stop: The first piece, and the one after the last.
         swapped: (out, in) -> whether the two halves of a whole layer are in the other order.
     """
 
@@ -211,15 +210,9 @@ Targets = dict[str, tuple[Target, ...]]
 
 
 def targets(layers: Mapping[str, tuple[int, int]], table: Index, spellings: Index) -> Targets:
-    """Say what every name of some layers means.
+    """Say what every own name of some layers, and every name that a rule gives to one, means.
 
-    Args:
-        layers: Bare names of a checkpoint's linear layers -> (out, in) features.
-        table: The rules.
-        spellings: Rules for whole layers, applied first.
-
-    Returns:
-        Every own name of a layer, and every name that a rule gives to it.
+    `spellings` are rules for whole layers, applied before those of `table`.
     """
     found: dict[str, dict[Target, None]] = {}
     for layer, shape in layers.items():

@@ -66,8 +66,7 @@ class Signal:
 
     Attributes:
         shape: without the batch dimension.
-        kind: "noise" is random, "mask" is ones, "value" is `value`.
-        value: the constant.
+        kind: random noise, a mask of ones, or the constant `value`.
     """
 
     shape: tuple[int, ...]
@@ -77,15 +76,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one evaluation.
-
-    Attributes:
-        config: the model's configuration.
-        geometry: of the latents.
-        latents: [batch, *latent shape].
-        sigma: noise level of the whole batch.
-        conditioning: name -> [batch, ...].
-    """
+    """The inputs of one evaluation: latents [batch, *latent shape] at noise level sigma, conditioning [batch, ...]."""
 
     config: Config
     geometry: Geometry
@@ -98,13 +89,7 @@ class Inputs:
         return self.latents.new_full((len(self.latents),), self.sigma * scale + offset)
 
     def usual(self, scale: float = 1.0, offset: float = 0.0, *, channels: int = 1) -> dict[str, Any]:
-        """The arguments that most classes share.
-
-        Args:
-            scale: see `time`.
-            offset: see `time`.
-            channels: dimension along which condition latents are concatenated.
-        """
+        """The arguments that most classes share; condition latents are concatenated along the dimension `channels`."""
         import torch
 
         conditioning = dict(self.conditioning)
@@ -145,10 +130,11 @@ def image(config: Config, geometry: Geometry) -> tuple[int, ...]:
 
 
 def video(*patch: str) -> Latents:
-    """Video latents as a map; `patch` are the configuration entries with the patch's frames, height and width."""
+    """Video latents as a map; `patch` are the configuration entries with the patch's size: one or three numbers."""
 
     def shape(config: Config, geometry: Geometry) -> tuple[int, ...]:
-        frames, height, width = config[patch[0]] if len(patch) == 1 else (config[size] for size in patch)
+        said = config[patch[0]] if len(patch) == 1 else [config[size] for size in patch]
+        frames, height, width = (1, said, said) if isinstance(said, int) else said
         return config["out_channels"], frames * geometry.frames, height * geometry.height, width * geometry.width
 
     return shape

@@ -12,7 +12,6 @@ from .running import (
     Architecture,
     Config,
     Geometry,
-    Inputs,
     Shapes,
     embedder,
     guidance,
@@ -59,10 +58,6 @@ def _latents(config: Config, geometry: Geometry) -> tuple[int, ...]:
     return config["in_channels"], config["patch_size"] * geometry.height, config["patch_size"] * geometry.width
 
 
-def _arguments(inputs: Inputs) -> dict[str, Any]:
-    return inputs.usual(1000)
-
-
 ARCHITECTURE = Architecture(
     transformer="SanaTransformer2DModel",
     config=_config,
@@ -72,7 +67,7 @@ ARCHITECTURE = Architecture(
         "encoder_attention_mask": mask,
         "guidance": guidance(GUIDANCE),
     },
-    arguments=_arguments,
+    arguments=lambda inputs: inputs.usual(1000),
     optional=pixart.UNUSED,
 )
 

@@ -105,12 +105,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Structure:
-    """The structure of a model.
-
-    Attributes:
-        stacks: its repeated blocks, heaviest first.
-        kept: layer -> why it stays in high precision.
-    """
+    """The repeated blocks of a model, heaviest first, and which layers stay in high precision, and why."""
 
     stacks: tuple[Stack, ...]
     kept: Mapping[str, str]
@@ -227,16 +222,17 @@ def _group(name: str, stack: Stack) -> str:
 
 def _beside(stack: Stack, stacks: list[Stack]) -> str:
     """Why a stack is not one of the main ones; "" if it is."""
-    said = {
-        one.name: next(filter(None, (reason_of(part, _BESIDE) for part in one.name.split("."))), "") for one in stacks
-    }
-    largest = next((one for one in stacks if not said[one.name]), stacks[0])
+
+    def said(one: Stack) -> str:
+        return next(filter(None, (reason_of(part, _BESIDE) for part in one.name.split("."))), "")
+
+    largest = next((one for one in stacks if not said(one)), stacks[0])
     if stack is largest:
         return ""
     small = stack.weights < SMALL * largest.weights
     alike = 2 * len(stack.children & largest.children) > len(stack.children | largest.children)
-    if said[stack.name]:
-        return said[stack.name]
+    if said(stack):
+        return said(stack)
     if stack.module != largest.module and (small or not alike):
         return ADAPTER
     return REFINER if small else ""
@@ -267,29 +263,23 @@ def _sounds_modulating(name: str, layers: Collection[str]) -> bool:
     """Whether a layer is called a modulation, or is inside a norm, or alone behind an activation."""
     parent, _, last = name.rpartition(".")
     module = parent.rpartition(".")[2]
-    if _MODULATION.fullmatch(last) or _MODULATION.fullmatch(module):
-        return True
     alone = last == "1" and not any(f"{parent}.{number}" in layers for number in ("0", "2", "3"))
-    in_norm = _NORM.fullmatch(module) is not None and last.startswith("lin")
-    return in_norm or alone
+    in_norm = _NORM.fullmatch(module) and last.startswith("lin")
+    return bool(alone or in_norm or _MODULATION.fullmatch(last) or _MODULATION.fullmatch(module))
 
 
 def _modulates(shape: tuple[int, int], stream: set[int], taken: set[int], given: set[int]) -> bool:
     """Whether a layer's output is several vectors of a stream's width, and no layer of its block reads them as one.
 
-    Args:
-        shape: (out, in) of its weight.
-        stream: widths of the block's streams.
-        taken: input widths of the block's layers.
-        given: output widths of the block's layers.
+    `stream` are the widths of the block's streams; `taken` and `given`, the input and output widths of its layers.
     """
     rows, columns = shape
     joined = taken - given  # outputs of attention, or of attention and an MLP side by side
-    for width in stream:
-        times, over = divmod(rows, width)
+
+    def modulates(width: int) -> bool:
         read = {rows, rows / 2} & taken - {width}  # whole, or one half gating the other
         read |= {rows / 3, rows + width, rows / 2 + width, rows - 2 * width, (rows - width) / 2} & joined
-        narrow = times >= 2 and columns * NARROW <= width
-        if not over and not read and (times >= 4 or narrow):
-            return True
-    return False
+        times = rows / width
+        return times.is_integer() and not read and (times >= 4 or (times >= 2 and columns * NARROW <= width))
+
+    return any(map(modulates, stream))

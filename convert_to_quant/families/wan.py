@@ -8,23 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from . import running
+from . import comfyui, running
 from .base import CONDITION, TEXT, VECTOR, Family, signature
-from .comfyui import (
-    FIRST_FRAME,
-    VIDEO,
-    VISION_TOKENS,
-    Scene,
-    Want,
-    encoded,
-    listed,
-    measure,
-    over,
-    signal,
-    takes,
-    times,
-    vision,
-)
+from .comfyui import FIRST_FRAME, VIDEO, Scene, Want, encoded, listed, measure, over, signal, takes, times, vision
 from .folds import given, normed
 from .rules import HALVES, rules, under
 
@@ -63,7 +49,7 @@ def _vace_config(shapes: running.Shapes) -> dict[str, Any]:
 
 def _image(config: running.Config, _: running.Geometry) -> running.Signal | None:
     """CLIP vision features of one image, or of the first and the last, in image-to-video models."""
-    tokens = config["pos_embed_seq_len"] or VISION_TOKENS
+    tokens = config["pos_embed_seq_len"] or comfyui.VISION_TOKENS
     return None if config["image_dim"] is None else running.Signal((tokens, config["image_dim"]))
 
 
