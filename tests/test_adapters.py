@@ -1,4 +1,4 @@
-"""Kinds of adapters: changes by hand, and those of the libraries that train them."""
+"""Kinds of adapters: changes computed by hand, and by the libraries that train them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def match(save: Callable[..., Path]) -> Match:
 
 
 def change(found: LoraMatch, weight: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """All that is added to the layer's weight, which DoRA depends on."""
+    """The change of the layer's weight, which for DoRA depends on the weight."""
     before = np.zeros((OUT, IN), np.float32) if weight is None else weight
     after = before.copy()
     found.add_to(after, LAYER)

@@ -1,4 +1,4 @@
-"""Every family is recognized by the names of its released models, and by no other's."""
+"""Each family is recognized by the names of its released models, and only by those."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from convert_to_quant.names import other_part, strip_prefix
 
 
 def own_shapes(layout: str) -> Shapes:
-    """The tensors of a released diffusion model, of every stack of blocks the first and the last."""
+    """The tensors of a released diffusion model, with the first and last block of each stack."""
     _, bare = strip_prefix(shapes := small(layout, "1 to 1"))
     return {bare[name]: shape for name, shape in shapes.items() if name in bare and other_part(name) is None}
 
@@ -45,7 +45,7 @@ RELEASED = {name: own_shapes(name) for name in layouts() if not name.startswith(
 
 
 def fitting(shapes: Shapes) -> set[str]:
-    """The families of which a model is by any of their signatures."""
+    """The families with a signature that matches a model."""
     modules = module_names(shapes)
     return {entry.name for entry in FAMILIES.values() for s in entry.signatures if s.fits(modules, shapes)}
 
@@ -59,7 +59,7 @@ def test_a_model_is_recognized_as_its_family_and_no_other(known: str | None, sha
 
 @pytest.mark.parametrize("shapes", RELEASED.values(), ids=RELEASED)
 def test_a_released_model_is_of_one_family(shapes: Shapes) -> None:
-    """docs/models.md says which, and which layers it keeps: see test_layouts.py."""
+    """docs/models.md shows which, and which layers it keeps: see test_layouts.py."""
     found = detect(shapes, shapes)
     assert found is not None
     assert fitting(shapes) == {found.name}
@@ -230,7 +230,7 @@ print(convert_to_quant.__file__)
 
 
 def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
-    """Everything that is done with a family is done with one that this package has never heard of."""
+    """A family that the package does not know can be used for everything."""
     package = Path(convert_to_quant.__file__).parent
     copy = tmp_path / "convert_to_quant"
     (copy / "families").mkdir(parents=True)

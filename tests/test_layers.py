@@ -27,7 +27,7 @@ def table_of(path, **options):
 
 
 def refused(path) -> str:
-    """The message with which the layers of a file are refused, without the file's name."""
+    """The error for a file's layers, without the file's name."""
     with pytest.raises(CheckpointError) as caught:
         table_of(path)
     assert str(caught.value).startswith(f"{path}: ")
@@ -294,7 +294,7 @@ def test_a_weight_scale_that_fits_no_rule_is_refused(save, build, shape):
 
 
 def refused_input_scale(path) -> str:
-    """The message with which the input scale of layer x is refused, which find_layers has noted."""
+    """The error for the input scale of layer x, which find_layers has noted."""
     with open_checkpoint(path) as checkpoint:
         table = find_layers(checkpoint)
         with pytest.raises(CheckpointError) as caught:
@@ -393,7 +393,7 @@ def test_a_block_that_is_found_has_the_grid_of_the_scale_and_squares_of_a_power_
 
 
 def brute_force(codes: np.ndarray, grid: Grid, scales: np.ndarray, block: tuple[int, int]) -> list[list[float]]:
-    """Real weights by loops over single elements."""
+    """Real weights, computed element by element."""
     meanings = grid.values
     return [
         [float(meanings[code] * scales[i // block[0]][j // block[1]]) for j, code in enumerate(row)]

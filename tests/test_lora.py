@@ -1,4 +1,4 @@
-"""LoRA files: names onto layers, products by hand, and every way a file can be wrong."""
+"""LoRA files: the layers that names mean, changes computed by hand, and everything that can be wrong with a file."""
 
 from __future__ import annotations
 
@@ -375,7 +375,7 @@ def test_shapes_that_do_not_fit_are_left_out_or_refused_where_nothing_else_does(
     ],
 )
 def test_names_of_fused_layers_mean_all_their_parts(name: str, parts: list[str], write: Write) -> None:
-    """A checkpoint in diffusers' names, and an adapter of the authors' layer."""
+    """A checkpoint with diffusers' names, and an adapter with the authors' name."""
     layers = {f"transformer_blocks.0.{part}": (H, H) for part in [*parts, "attn.add_q_proj"]}
     tensors = {**pair(name, len(parts) * H, H), f"{name}.diff_b": np.arange(len(parts) * H, dtype=np.float32)}
     down, up = list(tensors.values())[:2]
@@ -430,7 +430,7 @@ def test_of_two_layers_of_one_name_the_one_whose_shape_fits_is_meant(write: Writ
     assert only(match_of(write(pair("transformer.proj_out", H, H)), layers)) == ("final_layer.linear", None)
 
 
-def test_a_lora_that_matches_nothing_is_refused_with_all_reasons(write: Write) -> None:
+def test_a_file_that_matches_nothing_is_refused_with_all_reasons_also_behind_another(write: Write) -> None:
     tensors = {
         **pair("nowhere", H, H),
         "blocks.1.self_attn.q.oft_blocks": np.ones((H, R), np.float32),
@@ -439,18 +439,12 @@ def test_a_lora_that_matches_nothing_is_refused_with_all_reasons(write: Write) -
     }
     path = write(tensors)
     with pytest.raises(LoraError) as caught:
-        match_of(path, WAN)
+        match_loras([load_lora(write(FFN, "good.safetensors")), load_lora(path)], WAN)
     assert str(caught.value) == (
         f"{path}: nowhere: nothing in this LoRA can be applied: no linear layer of the checkpoint has this name (1), "
         "OFT is not supported (1), no known kind of adapter tensor (1); its layers have names like "
         "blocks.1.self_attn.q (was it made for this model?)"
     )
-
-
-def test_one_of_two_files_that_matches_nothing_is_refused(write: Write) -> None:
-    good, bad = write(FFN, "good.safetensors"), write(pair("nowhere", H, H), "bad.safetensors")
-    with pytest.raises(LoraError, match=r"bad\.safetensors: nowhere: nothing in this LoRA"):
-        match_loras([load_lora(good), load_lora(bad)], WAN)
 
 
 def test_an_empty_file_is_not_a_lora(write: Write) -> None:

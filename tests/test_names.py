@@ -20,7 +20,7 @@ Layers = dict[str, tuple[int, int]]
 
 
 def layers_of(layout: str, authors: Callable[[str], str] = str) -> Layers:
-    """The linear layers of a released model, of every stack of blocks the first and the last."""
+    """The linear layers of a released model, with the first and last block of each stack."""
     _, bare = strip_prefix(shapes := small(layout, "1 to 1"))
     linear = {bare[name]: shape for name, shape in shapes.items() if name in bare and len(shape) == 2}
     return {authors(name).removesuffix(".weight"): shape for name, shape in linear.items() if name.endswith(".weight")}
@@ -149,11 +149,11 @@ WRITERS: dict[str, tuple[str, bool]] = {
     "OneTrainer": ("lora_transformer_NAME", True),
     "LyCORIS on diffusers, SimpleTuner": ("lycoris_NAME", True),
 }
-"""Who writes LoRA files -> how they spell a layer, and whether they have diffusers' names for it."""
+"""Writer of LoRA files -> how it writes a layer's name, and whether that is diffusers' name."""
 
 
 def covered(layers: Layers, spelling: str, diffusers: bool) -> str:
-    """How many layers are found, all of their rows, under the names that one of the writers gives them."""
+    """How many layers are found, with all of their rows, under a writer's names."""
     known, others = lora_names(layers), diffusers_targets(layers)
     found = 0
     for layer, (out_features, _) in layers.items():
@@ -171,7 +171,7 @@ def covered(layers: Layers, spelling: str, diffusers: bool) -> str:
 
 
 def test_the_table_of_spellings_in_the_documentation_is_true() -> None:
-    """`GOLDEN=write` writes it anew."""
+    """`GOLDEN=write` updates it."""
     lines = [["", "", *MODELS], ["---"] * (2 + len(MODELS))]
     for who, (spelling, diffusers) in WRITERS.items():
         shown = spelling.replace("NAME", "transformer_blocks.0.attn.to_q" if diffusers else "blocks.0.attn.q")

@@ -123,7 +123,7 @@ def test_statistics_of_a_wrapped_file_fit_it_and_a_bare_one(
 
 @pytest.fixture
 def models(save: Callable[..., Path]) -> Callable[..., Path]:
-    """models(seed): a 16-bit file of the emoji model's kind whose weights come from a seed."""
+    """models(seed): a file with two layers of random float32 weights."""
 
     def make(seed: int) -> Path:
         rng = np.random.default_rng(seed)

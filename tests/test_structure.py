@@ -1,4 +1,4 @@
-"""Blocks, modulations, routers and adapters of models that no table knows, by shapes and repetition."""
+"""Blocks, modulations, routers and adapters of models without a table, by shapes and repetition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = {**ATTENTION, "wide.up": (4 * WIDTH, WIDTH), "wide.down": (WIDTH, 4 * WI
 
 
 def blocks(stack: str, count: int = 4, **more: tuple[int, int]) -> dict[str, tuple[int, int]]:
-    """Layers of a stack of blocks, with "/" for "." in the names of what is added."""
+    """Layers of a stack of blocks, and `more`, in whose names "_in_" is a dot."""
     added = {name.replace("_in_", "."): shape for name, shape in more.items()}
     return {f"{stack}.{n}.{name}.weight": shape for n in range(count) for name, shape in {**BLOCK, **added}.items()}
 

@@ -1,4 +1,4 @@
-"""Layouts of released models: the names, dtypes and shapes of their tensors, as released and small."""
+"""Layouts of released models: names, dtypes and shapes of their tensors, at full size and small."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def small(name: str, hidden: str, **sizes: int) -> Shapes:
 
     Args:
         name: of the layout.
-        hidden: its hidden size and the small one, which all multiples follow: "3072 to 32".
-        sizes: other sizes that change: n128=16.
+        hidden: its hidden size and the small one, which also scales multiples: "3072 to 32".
+        sizes: other sizes to replace: n128=16.
     """
     full, less = map(int, hidden.split(" to "))
     found: Shapes = {}
@@ -54,7 +54,7 @@ def small(name: str, hidden: str, **sizes: int) -> Shapes:
 
 
 def hunyuan_authors(name: str) -> str:
-    """What HunyuanVideo's authors call what ComfyUI renames when it loads their file."""
+    """The name that HunyuanVideo's authors use for a tensor that ComfyUI renames on loading."""
     for pattern, replacement in (
         (r"txt_in\.t_embedder\.in_layer\.", "txt_in.t_embedder.mlp.0."),
         (r"txt_in\.t_embedder\.out_layer\.", "txt_in.t_embedder.mlp.2."),
