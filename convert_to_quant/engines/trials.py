@@ -221,8 +221,7 @@ class Bench:
         latents = torch.cat([moment.latents] * copies)
         return self.denoiser.velocity(latents, moment.sigma, conditioning, self.geometry)
 
-    @contextmanager
-    def _replaced(self, changes: Sequence[Mapping[str, Product]]) -> Iterator[None]:
+    def _replaced(self, changes: Sequence[Mapping[str, Product]]) -> AbstractContextManager[None]:
         """Replace layers inside the block: each part of a batch has the layers of one change."""
         touched = {module for change in changes for layer in change for module, _ in self.modules[layer]}
 
@@ -240,12 +239,11 @@ class Bench:
         def forward(module: CheckpointLinear, x: Tensor) -> Tensor:
             if len(changes) > 1 and len(x) != len(changes) * self.images:
                 raise _UnbatchedError
-            parts = x.to(module.dtype).chunk(len(changes)) if len(changes) > 1 else [x.to(module.dtype)]
+            parts = x.to(module.dtype).chunk(len(changes))
             y = torch.cat([piece(module, index, parts) for index in range(len(module.stored.pieces))], -1)
             return (y if module.bias is None else y + module.bias.float()).to(module.dtype)
 
-        with _forwards({module: partial(forward, module) for module in touched}):
-            yield
+        return _forwards({module: partial(forward, module) for module in touched})
 
     def _skipped(self, place: int, outputs: Mapping[nn.Module, Any], copies: int = 1) -> AbstractContextManager[None]:
         """Blocks before a position return their kept outputs, inside the block."""

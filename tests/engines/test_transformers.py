@@ -86,8 +86,8 @@ CASES = {
     "sana video": ("sana", "SanaVideoTransformer3DModel", SANA | {"num_attention_heads": 2, "attention_head_dim": 64}),
     "hidream": ("hidream", "HiDreamImageTransformer2DModel", {
         "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 1,
-        "attention_head_dim": 64, "num_attention_heads": 1, "caption_channels": [20, 24], "text_emb_dim": 16,
-        "num_routed_experts": 4, "num_activated_experts": 2, "axes_dims_rope": (32, 16, 16), "llama_layers": [0, 1]}),
+        "attention_head_dim": 128, "num_attention_heads": 1, "caption_channels": [20, 24], "text_emb_dim": 16,
+        "num_routed_experts": 4, "num_activated_experts": 2, "axes_dims_rope": (64, 32, 32), "llama_layers": [0, 1]}),
     "cosmos-predict2": ("cosmos-predict2", "CosmosTransformer3DModel", {
         "in_channels": 5, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2,
         "text_embed_dim": 24, "adaln_lora_dim": 16, "rope_scale": (1.0, 4.0, 4.0), "extra_pos_embed_type": None,
