@@ -212,20 +212,16 @@ def _draw_layers(table: SubFigure, report: Report) -> None:
         fill(ax)
 
     bare = names.strip_prefix(layer.name for layer in report.layers)[1]
-    labels = [_end(bare.get(layer.name, layer.name), NAME_LETTERS) for layer in report.layers]
-    risky = [BAD if strip is not None and strip[1].risk else INK for strip in panels[0].strips]
-    outcomes = [_outcome(first, second, mixed=mixed) for first, second in states]
-    right, step = axes[-1].twinx(), math.ceil(LABEL_INCHES * count / LAYERS_INCHES) or 1
-    right.set_ylim(axes[0].get_ylim())
-    right.set_frame_on(False)
+    step = math.ceil(LABEL_INCHES * count / LAYERS_INCHES) or 1
     size = min(SMALL, 50 * max(LABEL_INCHES, LAYERS_INCHES / max(count, 1)))
-    for ax, texts in ((axes[0], list(zip(labels, risky, strict=True))), (right, outcomes)):
-        ax.set_yticks(range(0, count, step), [drawable(text) for text, _ in texts[::step]], size=size)
-        ax.tick_params(axis="y", length=0, pad=6)
-        for label, (_, color) in zip(ax.get_yticklabels(), texts[::step], strict=True):
-            label.set_color(color)
-    right.annotate("Outcome", (1, 1), (6, 48), "axes fraction", textcoords="offset points",
-                   size=HEADING, weight="bold")  # fmt: skip
+    where: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center_baseline"}
+    for row, (layer, (first, second)) in list(enumerate(zip(report.layers, states, strict=True)))[::step]:
+        name, color = bare.get(layer.name, layer.name), BAD if first is not None and first[1].risk else INK
+        axes[0].annotate(_end(name, NAME_LETTERS), (0, row), (-6, 0), ha="right", size=size, color=color, **where)
+        outcome, color = _outcome(first, second, mixed=mixed)
+        axes[-1].annotate(drawable(outcome), (1, row), (6, 0), size=size, color=color, **where)
+    axes[-1].annotate("Outcome", (1, 1), (6, 48), "axes fraction", textcoords="offset points",
+                      size=HEADING, weight="bold")  # fmt: skip
 
 
 def _title(ax: Axes, title: str, subtitle: str = "") -> None:
