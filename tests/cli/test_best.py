@@ -43,9 +43,9 @@ def test_the_best_mix_is_written_reported_and_checked(done, flux_file, tmp_path)
     checked = done("check", flux_file, out, "--height", 32, "--width", 32, "--samples", 1, "--steps", 1)
     told = done("inspect", out, "--strict")
     words = " ".join(told.out.split())
-    assert "the best mix of formats for rtx50, chosen by running the model on noise (3 samples, seed 42): " in words
+    assert "best mix of formats for rtx50, chosen by running the model on noise (3 samples, seed 42): " in words
     measured = "{:.1f} to {:.1f} dB measured".format(*said["best"]["measured_db"])
-    assert f"{said['best']['bits']:.2f} bits per weight, {measured} there" in words
+    assert f"{said['best']['bits']:.2f} bits per weight, {measured}" in words
     assert f"its mix of formats was chosen for {measured} on noise" in checked.err
 
 
@@ -93,7 +93,7 @@ def test_a_dry_run_writes_nothing(ctq, done, flux_file, folder):
 
 @pytest.mark.parametrize(
     ("words", "instead"),
-    [(("--best",), "--format gives all layers one format"), (("--round", "--format", "int8"), "omit --round")],
+    [(("--best",), "--format converts all layers to one format"), (("--round", "--format", "int8"), "omit --round")],
 )
 def test_a_model_that_cannot_be_run_is_refused(ctq, save, folder, words, instead):
     path = save("other.safetensors", {f"blocks.{n}.fc.weight": np.ones((32, 32), np.float32) for n in range(2)})
