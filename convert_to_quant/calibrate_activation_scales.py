@@ -15,6 +15,7 @@ that cannot be run is refused; scales guessed from weights (`engines.layer`) mus
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -300,21 +301,16 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
 
 def _left_alone(table: LayerTable) -> list[str]:
     """Notes on a checkpoint's layers, and on those that a calibration leaves alone."""
-    notes = list(table.notes)
-    foreign = [layer.form for name, layer in table.foreign.items() if table.owns(name)]
-    if foreign:
-        notes.append(f"left alone: {plural(len(foreign), 'layer')} in {', '.join(sorted(set(foreign)))}")
-    alone: dict[str, list[Layer]] = {}
+    alone = Counter(("layer", f" in {layer.form}") for name, layer in table.foreign.items() if table.owns(name))
     for layer in table.quantized.values():
+        kind, how = f"{named([layer])} layer", "scale dynamically"
+        if names.PRE_QUANT_SCALE in layer.parts:
+            how = "multiply by pre_quant_scale first"
         if layer.static and not table.owns(layer.name):
-            alone.setdefault(" outside the diffusion model, whose input scales are never read", []).append(layer)
+            alone[kind, " outside the diffusion model, whose input scales are never read"] += 1
         elif not layer.static and table.owns(layer.name):
-            factored = names.PRE_QUANT_SCALE in layer.parts
-            how = "multiply by pre_quant_scale first" if factored else "scale dynamically"
-            alone.setdefault(f", whose inputs readers {how}", []).append(layer)
-    return notes + [
-        f"left alone: {plural(len(layers), f'{named(layers)} layer')}{why}" for why, layers in alone.items()
-    ]
+            alone[kind, f", whose inputs readers {how}"] += 1
+    return [*table.notes, *(f"left alone: {plural(count, kind)}{why}" for (kind, why), count in alone.items())]
 
 
 def unrunnable(checkpoint: Checkpoint, table: LayerTable | None = None) -> str | None:

@@ -15,7 +15,7 @@ from observing import observed
 
 from convert_to_quant import __version__
 from convert_to_quant.formats import DEFAULT_GRID
-from convert_to_quant.report.document import CELLS, State, encode_shares, plain
+from convert_to_quant.report.document import CELLS, encode_shares
 from convert_to_quant.report.figures import Source, build
 
 
@@ -75,11 +75,3 @@ def test_what_was_never_observed_has_no_numbers(report):
     _, unseen, zeros = (layer["sides"][0] for layer in report.document()["layers"])
     assert (unseen["density"], unseen["absmax"], unseen["before"]["sqnr_db"]) == (None, None, None)
     assert (zeros["density"], zeros["zeros"]) == (None, 1.0)  # zeros are in no cell
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
-def test_a_scale_keeps_every_digit_of_a_float32_and_what_is_no_number_is_null(value):
-    scale = float(np.float32(1 / 3))
-    told = plain(State(scale, False, sqnr_db=value), digits=4)
-    assert np.float32(told["scale"]) == np.float32(scale)
-    assert told["sqnr_db"] is None
