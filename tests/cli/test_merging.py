@@ -205,5 +205,5 @@ def test_trials_of_another_merge_are_refused(done, refused, flux_file, lora, tmp
     best = ("-i", flux_file, "-o", output, "--best", "--gpu", "rtx50", "--bits", 9)
     done("observe", flux_file, "-o", kept, "--trials", *small)
     done(*best, "--from", kept)
-    message = f"{kept}: it was measured with other adapters merged: none"
+    message = f"{kept}: measured with other adapters merged: none"
     refused(message, *best, "--merge-lora", f"{lora}:0.5", "--from", kept)
