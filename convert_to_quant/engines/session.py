@@ -173,6 +173,8 @@ class Session:
             )
         if found and not self.resume:
             raise OutputError("an unfinished run exists", path=min(found), hint="--resume continues it, or delete it")
+        if distributed:  # or a slow process would find the partial file of a fast one
+            group.barrier()
 
     def finished(self) -> Statistics | None:
         """The output, if `resume` is set and the output is already complete.
