@@ -16,7 +16,6 @@ from convert_to_quant.errors import CheckpointError
 from convert_to_quant.inspection import LARGEST_INPUT_SCALE, LEAST_INPUT_SCALE, Made, inspect_file
 from convert_to_quant.options import ConvertOptions
 from convert_to_quant.problems import KINDS, Problem
-from convert_to_quant.recorder import Recording
 
 X = "blocks.0"
 FLOAT8 = {"format": "float8_e4m3fn"}
@@ -540,14 +539,6 @@ def test_a_file_that_is_a_text_encoder(save, build, layer, marking):
     more = {"scaled_fp8": marker(2)} if marking == "legacy" else {}  # which would disable FP8 products
     found = inspect_file(save("m.safetensors", tensors | more))
     assert (found.family, found.readings, found.problems) == ("text-encoder", {"text-encoder": 1}, ())
-
-
-def test_statistics_are_called_so(tmp_path):
-    path = tmp_path / "stats.safetensors"
-    Recording({"blocks.0.a": (16, 32)}, {"blocks.0.a": ["blocks.0.a"]}).statistics(samples=1).save(path)
-    found = inspect_file(path)
-    assert (found.family, found.problems) == ("statistics", ())
-    assert found.title.startswith("activation statistics, not a model")
 
 
 def test_shards_are_read_as_one(save_shards, build):

@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
                         help="save progress this often (120)")  # fmt: skip
     parser.add_argument("--trials", action="store_true",
-                        help="also try every format in every layer, for --best")  # fmt: skip
+                        help="also try every format per layer, for --best")  # fmt: skip
     parser.add_argument("--moments", action="store_true",
                         help="also record second moments, for --round")  # fmt: skip
     engine = parser.add_argument_group("engine")
     engine.add_argument("--engine", choices=ENGINES, default=ENGINES[0], metavar="WHICH",
-                        help="diffusers, comfyui, or the first that can (auto)")  # fmt: skip
+                        help="diffusers, comfyui, or whichever can (auto)")  # fmt: skip
     engine.add_argument("--comfyui-dir", metavar="DIR", help=f"ComfyUI folder to run it in (${COMFYUI_VARIABLE})")
     engine.add_argument("--pipeline", metavar="DIR", help="diffusers pipeline, run on real prompts")
     engine.add_argument("--prompts", metavar="FILE", help="text file with one prompt per line")

@@ -241,10 +241,9 @@ def test_another_model_is_refused(refused, flux_file, flux_tensors, save):
     refused(f"{strange}: its tensor names fit no known family", "check", flux_file, strange, *SMALL)
 
 
-@pytest.mark.parametrize("more", [(), ("--layers",), ("--json", "-"), ("--at-least", 25), ("--guidance", 3)])
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("weight", np.uint8(0x7F)), ("weight_scale", np.float32(1e38))],
+    ("key", "value", "more"),
+    [("weight", np.uint8(0x7F), ()), ("weight_scale", np.float32(1e38), ("--layers", "--json", "-", "--guidance", 3))],
     ids=["a NaN code", "a huge scale"],
 )
 def test_a_file_that_gives_nan_or_infinity_is_refused(refused, flux_file, fp8_file, save, key, value, more):

@@ -191,8 +191,7 @@ def reads_index(path: Path) -> None:
 
 
 def reads_configuration(path: Path) -> None:
-    words = ["--config", str(path)]
-    command = cli.command_of(words)
+    command, *words = cli.with_command(["--config", str(path)])
     with contextlib.suppress(SystemExit):  # argparse's own refusal
         config.parse(cli.build_parser(command), words, command, list(cli.COMMANDS))
 
@@ -381,7 +380,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the mutations (0)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="save findings in this folder")
     args = parser.parse_args()
-    print("| reads | inputs | taken | refused | findings | slowest |\n|---|---|---|---|---|---|")
+    print("| reads | inputs | accepted | refused | findings | slowest |\n|---|---|---|---|---|---|")
     findings = 0
     for target in args.targets or TARGETS:
         found = fuzz(target, seed=args.seed, seconds=args.seconds)
