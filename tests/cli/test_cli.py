@@ -18,7 +18,7 @@ from convert_to_quant.cli.parsing import Parser
 from convert_to_quant.errors import CheckpointError, OptionError
 
 MOST_LINES = 46
-LONGER = {"observe": 52, "convert": 72, "check": 51, "card": 52}
+LONGER = {"observe": 52, "convert": 72, "check": 51, "card": 53}
 """Commands that run a model have options for its inputs."""
 
 
