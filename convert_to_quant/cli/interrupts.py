@@ -54,8 +54,7 @@ def interruptible(*, last: bool = False) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    found = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
+    before = {each: handler for each in SIGNALS if (handler := signal.getsignal(each)) is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, _unwind)
     try:

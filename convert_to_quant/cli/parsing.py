@@ -186,11 +186,6 @@ def _place(action: argparse.Action) -> str:
 
 def follow(parser: Parser, words: Sequence[str]) -> tuple[Parser, list[str]]:
     """The parser of the action in a command line, and the action's name: `comfyui install` -> ["install"]."""
-    names: list[str] = []
-    for word in words:
-        actions = parser.subcommands()
-        if actions is None or word not in actions.choices:
-            break
-        parser = actions.choices[word]
-        names.append(word)
-    return parser, names
+    actions = parser.subcommands()
+    name = words[0] if words else None
+    return (parser, []) if actions is None or name not in actions.choices else (actions.choices[name], [str(name)])
