@@ -13,8 +13,7 @@ the same module, and those with the same children and no less weight. In a block
 
     stream       widths that are both inputs and outputs of layers, and more than half as frequent as the most frequent
     modulation   k × stream outputs that no layer of the block reads, for k ≥ 4, or for k ≥ 2 from a narrow vector;
-    layers
-                 inside a norm or alone in a Sequential; and layers with such a name
+                 layers inside a norm or alone in a Sequential; and layers with such a name
     router       fewer than a sixteenth as many outputs as inputs
 
 Also kept: stacks in another module than the main ones (an adapter between text encoder and model), stacks with less
