@@ -41,7 +41,7 @@ from .telling import Progress, advance, plural
 if TYPE_CHECKING:
     from .stats import Statistics
 
-INSTEAD = "--actcal-engine layer guesses scales from the weights; observe --comfyui-dir DIR runs the model in ComfyUI"
+INSTEAD = "--actcal-engine layer guesses scales from weights; observe --comfyui-dir DIR may run the model in ComfyUI"
 """The alternatives for a model that cannot be run."""
 DEFAULT_PERCENTILE = 99.9
 

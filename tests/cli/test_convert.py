@@ -80,7 +80,7 @@ def test_converting_and_calibrating_at_once_equals_two_runs(done, flux_file, fp8
     at_once, after = flux_file.with_name("once.safetensors"), flux_file.with_name("after.safetensors")
     told = done("-i", flux_file, "-o", at_once, *TIGHT).err
     assert "calibrated 13 of 13 layers by running the model on noise" in told
-    assert "note: calibrated on noise: the ranges of" in told
+    assert "note: calibrated on noise: in " in told
     done("-i", fp8_file, "-o", after, *TIGHT)
     assert scales(at_once) == scales(after)
     assert set(scales(after)) == set(flux.quantized)
@@ -120,8 +120,7 @@ def test_a_model_that_cannot_be_run_is_refused_and_nothing_is_written(refused, s
     monkeypatch.chdir(path.parent)
     message = (
         f"{path}: the model cannot be run, so nothing was calibrated: its tensor names fit no known family "
-        "(--actcal-engine layer guesses the scales from the weights; observe --comfyui-dir DIR may run the model in "
-        "ComfyUI)\n"
+        "(--actcal-engine layer guesses scales from weights; observe --comfyui-dir DIR may run the model in ComfyUI)\n"
     )
     refused(message, "-i", path, *target.split(), "--actcal")
 
