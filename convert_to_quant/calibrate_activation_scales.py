@@ -281,8 +281,8 @@ def static_table(checkpoint: Checkpoint) -> LayerTable:
         raise NoStaticScaleError(
             f"nothing to calibrate: readers of its {named(table.diffusion.values())} layers scale inputs dynamically",
             path=checkpoint.path,
-            hint=f"see how it is read with convert_to_quant inspect {name}, and its image quality with "
-            f"convert_to_quant check ORIGINAL {name}",
+            hint=f"convert_to_quant inspect {name} shows how it is read, convert_to_quant check ORIGINAL {name} its "
+            "image quality",
         )
     tensor = next(iter(table.quantized or table.raw), None)
     problem, hint = f"nothing to calibrate: {found.title}", None

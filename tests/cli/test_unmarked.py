@@ -43,7 +43,7 @@ def test_a_plain_cast_is_listed_and_calibrated_but_not_in_place(ctq, done, cast,
     assert inspect_file(output).input_states == {"guessed": 2}
     in_place = ctq("-i", cast, "--in-place", *LAYER)
     assert in_place.code == 1
-    assert "-o NEW --actcal marks them and finds input scales" in in_place.err
+    assert "-o NEW --actcal adds quantization configs and input scales" in in_place.err
     other = ctq("-i", cast, "-o", tmp_path / "other.safetensors", "--format", "int8")
     assert other.code == 1
     assert (
