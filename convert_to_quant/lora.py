@@ -29,7 +29,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -406,10 +406,8 @@ def split_strength(text: str) -> tuple[str, float]:
     """
     path, _, strength = text.rpartition(":")
     if len(path) > 1 and not Path(text).exists():
-        try:
+        with suppress(ValueError):
             return path, float(strength)
-        except ValueError:
-            return text, 1.0
     return text, 1.0
 
 
@@ -489,8 +487,7 @@ _ROLES = [
 
 def _split(key: str) -> tuple[str, str]:
     """A tensor's name as (adapter, role); the role is "" if the suffix is unknown."""
-    found = next(((match[1], role) for role, pattern in _ROLES if (match := pattern.fullmatch(key))), None)
-    return found or (key, "")
+    return next(((match[1], role) for role, pattern in _ROLES if (match := pattern.fullmatch(key))), (key, ""))
 
 
 def _adapter(checkpoint: Checkpoint, name: str, kind: Kind, roles: Mapping[str, str]) -> Adapter:
