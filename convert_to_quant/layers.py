@@ -224,15 +224,12 @@ def named(layers: Iterable[Layer]) -> str:
 def infer_block(
     weight_shape: tuple[int, int], scale_shape: tuple[int, ...], said: tuple[int, int] | None = None
 ) -> tuple[int, int] | None:
-    """The block (b_out, b_in) that a weight scale's shape implies.
+    """The block (b_out, b_in) that a weight scale's shape implies, or that the file declares (`said`), if it fits.
 
-    Args:
-        weight_shape: (out, in).
-        scale_shape: (), (1,), (1, 1), (out,), (out, 1), (n_out, n_in), or (out, n, 1) for n groups per row.
-        said: the block that the file declares.
+    Scales have shape (), (1,), (1, 1), (out,), (out, 1), (n_out, n_in), or (out, n, 1) for n groups per row.
 
     Returns:
-        The block, or None if none fits, or several do and nothing decides.
+        None if no block fits, or several do and nothing decides.
 
     >>> infer_block((256, 128), (4, 2))
     (64, 64)

@@ -557,16 +557,9 @@ def match_loras(
     weights: Weights | None = None,
     others: Mapping[str, tuple[int, ...]] | None = None,
 ) -> LoraMatch:
-    """Find the layers that LoRA files change.
+    """Find the layers that LoRA files change, of all linear layers of a checkpoint -> (out, in).
 
-    Args:
-        loras: The files.
-        layers: All linear layers of a checkpoint, quantized or not -> (out, in).
-        weights: Reads their weights, for magnitudes per column.
-        others: Biases and norms that may be changed -> their shapes.
-
-    Returns:
-        What is matched, and what is not applied.
+    `weights` reads the layers, for magnitudes per column; `others` are biases and norms that may be changed.
 
     Raises:
         LoraError: Nothing in a file matches or fits.

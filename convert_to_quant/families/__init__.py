@@ -123,10 +123,7 @@ def _targets(layers: Mapping[str, tuple[int, int]], *columns: str) -> Targets:
 
 
 def diffusers_targets(layers: Mapping[str, tuple[int, int]]) -> dict[str, Target]:
-    """Say which part of which layer every diffusers module name means.
-
-    Args:
-        layers: Names of a checkpoint's linear layers, without prefix and ``.weight`` -> (out, in) features.
+    """Say which part of which layer (name without prefix -> (out, in)) every diffusers module name means.
 
     Returns:
         {diffusers module name: `Target`}, including each layer's own name (many checkpoints use diffusers' names) and
@@ -237,11 +234,7 @@ def _fused(layers: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Target, ...
 def checkpoint_layers(
     modules: Mapping[str, tuple[int, int]], transformer: str
 ) -> dict[str, tuple[tuple[str, tuple[int, int]], ...]]:
-    """Say which layers of a checkpoint in its authors' names each module of a diffusers model corresponds to.
-
-    Args:
-        modules: Names of all its linear modules -> (out, in) features.
-        transformer: Name of its class.
+    """Say which layers of a checkpoint in its authors' names the linear modules of a diffusers class correspond to.
 
     Returns:
         {module: ((layer name, (out, in) features of the layer), ...)} with every known name, and the whole layer for

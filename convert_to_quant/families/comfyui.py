@@ -136,10 +136,8 @@ def takes(prompt: Size | None = None, **said: Any) -> Conditions:
 def measure(size: Size, scene: Scene) -> int:
     """A size in numbers.
 
-    Args:
-        size: as a name, a size of the scene ("height"), the path of a number of the network or of a layer, whose input
-            features count, or a number of ComfyUI's configuration.
-        scene: where to measure.
+    A name is a size of the scene ("height"), the path of a number in the network, that of a layer, which means its
+    input features, or an entry of ComfyUI's configuration.
 
     Raises:
         UnsupportedModelError: there is nothing of this name.

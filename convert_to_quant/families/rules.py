@@ -115,11 +115,10 @@ Row = tuple[str, str] | tuple[str, str, tuple[Part, ...]]
 
 
 def rules(*rows: Row) -> tuple[Rule, ...]:
-    """A table of other names.
+    """A table of rows (layer, other name), with the parts if the other name is not the whole layer.
 
-    Args:
-        rows: (layer, other name), and the parts if the other name is not the whole layer. `{a,b}` lists alternatives;
-            braces of both names correspond in order. The other name may have one brace more, with a name per part.
+    `{a,b}` lists alternatives; braces of both names correspond in order. The other name may have one brace more, with a
+    name per part.
 
     >>> [(rule.layer, rule.other) for rule in rules(("{img,txt}_attn.proj", "attn.to_{out,add_out}"))]
     [('img_attn.proj', 'attn.to_out'), ('txt_attn.proj', 'attn.to_add_out')]

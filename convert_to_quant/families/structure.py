@@ -127,11 +127,9 @@ class Structure:
 
 
 def study(shapes: Mapping[str, Shape], *, all_stacks: bool = False) -> Structure:
-    """Find the blocks of a model, and the layers that stay in high precision.
+    """Find the blocks of a model, and the layers that stay in high precision, by names without prefix and shapes.
 
-    Args:
-        shapes: tensor name without prefix -> shape, (out, in) of weights.
-        all_stacks: quantize every stack, as in text encoders with a vision tower.
+    `all_stacks` quantizes every stack, as in text encoders with a vision tower.
 
     >>> found = study({f"blocks.{n}.{layer}.weight": (64, 64) for n in range(2) for layer in ("q", "proj")})
     >>> str(found.main[0]), found.kept
