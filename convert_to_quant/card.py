@@ -57,7 +57,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"the folder cannot be made: {error.strerror}", path=folder) from None
+        raise OutputError(f"the folder cannot be created: {error.strerror}", path=folder) from None
 
 
 def can_decode(original: Checkpoint) -> bool:

@@ -92,7 +92,7 @@ def test_a_file_in_the_folders_place_is_an_error(tmp_path, capsys):
     place = tmp_path / "taken"
     place.write_text("here first")
     assert main(["demo", "-o", str(place)]) == 1
-    assert f"{place}: the folder cannot be made" in capsys.readouterr().err
+    assert f"{place}: the folder cannot be created" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
