@@ -132,7 +132,7 @@ IMPOSSIBLE = [
     ("observe none.safetensors -o out.safetensors", "none.safetensors: no such file\n"),
     (CONVERT + "--best --from none.safetensors", "none.safetensors: no such file"),
     ("report none.safetensors", "none.safetensors: no such file"),
-    ("apply flux.safetensors stats.safetensors --in-place", "flux.safetensors: the diffusion model in this file has"),
+    ("apply flux.safetensors stats.safetensors --in-place", "the diffusion model in this file has no FP8"),
     (REPORT + "other.safetensors", "have no layer in common"),
     ("report other.safetensors fp8.safetensors", "made for another model"),
 ]  # fmt: skip
