@@ -36,8 +36,11 @@ def test_only_the_other_package_causes_a_warning(name, entry_points, warned, ctq
     assert ctq("inspect", fp8_file, "--quiet").err == ""
 
 
-def test_flags_of_the_other_package_get_a_hint(ctq):
+@pytest.mark.parametrize(
+    ("flag", "hint"), [("--calib_samples", "use --actcal-samples N"), ("--low-memory", "not needed here")]
+)
+def test_flags_of_the_other_package_get_a_hint(ctq, flag, hint):
     assert FLAGS.keys().isdisjoint(build_parser("convert")._option_string_actions)
-    outcome = ctq("-i", "in.safetensors", "--calib_samples", 8)
-    said = "error: unknown option --calib-samples (use --actcal-samples N)"
+    outcome = ctq("-i", "in.safetensors", flag, 8)
+    said = f"error: unknown option {flag.replace('_', '-')} ({hint})"
     assert (outcome.code, outcome.err.splitlines()[0]) == (2, said)
