@@ -30,8 +30,8 @@ _INSTEAD = {
     "use convert_to_quant migrate MODEL -o OUT --to comfy": "--convert-fp8-scaled --convert-int8-scaled",
     "use convert_to_quant repair MODEL": "--cleanup-fp8-scaled --edit-quant",
     "use --enable-fp8-matmul": "--scaled-fp8-marker",
-    "not needed here": "--fp8 --simple --lr --full-matrix --full-precision-matrix-mult --low-memory --save-quant-metadata "
-    "--no-normalize-scales --t5xxl --mistral --visual",
+    "not needed here": "--fp8 --simple --lr --full-matrix --full-precision-matrix-mult --low-memory "
+    "--save-quant-metadata --no-normalize-scales --t5xxl --mistral --visual",
     "detected; --preset FAMILY overrides": "--flux2 --krea2 --qwen --wan --hunyuan --zimage --ltxv2 --anima",
 }
 FLAGS = {flag: instead for instead, flags in _INSTEAD.items() for flag in flags.split()}

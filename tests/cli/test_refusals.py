@@ -132,11 +132,7 @@ IMPOSSIBLE = [
     ("observe none.safetensors -o out.safetensors", "none.safetensors: no such file\n"),
     (CONVERT + "--best --from none.safetensors", "none.safetensors: no such file"),
     ("report none.safetensors", "none.safetensors: no such file"),
-<<<<<<< HEAD
     ("apply flux.safetensors stats.safetensors --in-place", "the diffusion model in this file has no FP8"),
-=======
-    ("apply flux.safetensors stats.safetensors --in-place", "flux.safetensors: the diffusion model in this file has"),
->>>>>>> bf5c8ea (Keep a line of the tests of refusals short)
     (REPORT + "other.safetensors", "have no layer in common"),
     ("report other.safetensors fp8.safetensors", "made for another model"),
 ]  # fmt: skip
