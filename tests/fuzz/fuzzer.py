@@ -17,6 +17,7 @@ import copy
 import io
 import json
 import math
+import operator
 import os
 import random
 import signal
@@ -154,7 +155,7 @@ def mutated_file(rng: Random, content: bytes) -> bytes:
     for name, one in header.items():
         if name != "__metadata__":
             raw = one.pop("data")
-            wanted = min(math.prod(one["shape"]), 1 << 16) * DTYPE_BITS[one["dtype"]] // 8
+            wanted = min(math.prod(map(operator.index, one["shape"])), 1 << 16) * DTYPE_BITS[one["dtype"]] // 8
             raw = (raw * (wanted // max(len(raw), 1) + 1))[:wanted]
             one["data_offsets"] = [len(data), len(data) + len(raw)]
             data += raw
