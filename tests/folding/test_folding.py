@@ -106,7 +106,7 @@ def test_a_folded_file_says_what_was_done(files: dict[str, Path]) -> None:
     with open_checkpoint(files["folded"]) as checkpoint, open_checkpoint(files["original"]) as original:
         again = folding.fold_checkpoint(original, folding.read_groups(checkpoint))
         assert again.metadata[names.FOLDING_KEY] == checkpoint.metadata[names.FOLDING_KEY]
-        assert any("folded" in note for note in find_layers(checkpoint).notes)
+        assert any("equalized" in note for note in find_layers(checkpoint).notes)
         with pytest.raises(CheckpointError, match="already folded"):
             folding.fold(checkpoint, [])
 
