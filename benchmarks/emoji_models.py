@@ -1,10 +1,10 @@
 """Shared by the accuracy benchmarks: six variants of the emoji model, two lists of prompts, and ways to run them.
 
-Five variants come from `convert_to_quant.emoji.rerange`. The sixth, "loud-tokens", imitates outlier tokens as published
-for Z-Image: inputs of its MLP's second layer reach 6.6e4 among others of 1 to 30. One scale per tensor then generates
-noise, scales per token do not, and the error over the whole tensor looks harmless.
+Five variants come from `convert_to_quant.emoji.rerange`. The sixth, "outlier-tokens", imitates outlier tokens as
+published for Z-Image: inputs of its MLP's second layer reach 6.6e4 among others of 1 to 30. One scale per tensor then
+generates noise, scales per token do not, and the error over the whole tensor looks harmless.
 
-How "loud-tokens" is made. In four layers, the two hidden units of an MLP that contribute least to its output are
+How "outlier-tokens" is made. In four layers, the two hidden units of an MLP that contribute least to its output are
 removed (their mean goes into the bias), and replaced with two that cancel:
 
     unit i:  K · (u·x - t)        read with weights  w
@@ -80,7 +80,7 @@ READ_WITH = 2.0**-5
 
 
 @dataclass(frozen=True)
-class LoudPair:
+class OutlierPair:
     """Two hidden units of an MLP that become outliers for one token in a hundred.
 
     Attributes:
@@ -97,20 +97,20 @@ class LoudPair:
     threshold: float
 
 
-LOUD_PAIRS = (
-    LoudPair("double_blocks.1.img_mlp.0", "double_blocks.1.img_mlp.2", {995: -0.0963, 12: -0.0761}, 858, 21.5),
-    LoudPair("single_blocks.0.linear1", "single_blocks.0.linear2", {116: -0.0967, 739: -0.0868}, 185, 18.2),
-    LoudPair("single_blocks.2.linear1", "single_blocks.2.linear2", {299: -0.0841, 159: -0.0795}, 450, 17.5),
-    LoudPair("single_blocks.3.linear1", "single_blocks.3.linear2", {31: -0.1002, 457: -0.0968}, 1018, 14.1),
+OUTLIER_PAIRS = (
+    OutlierPair("double_blocks.1.img_mlp.0", "double_blocks.1.img_mlp.2", {995: -0.0963, 12: -0.0761}, 858, 21.5),
+    OutlierPair("single_blocks.0.linear1", "single_blocks.0.linear2", {116: -0.0967, 739: -0.0868}, 185, 18.2),
+    OutlierPair("single_blocks.2.linear1", "single_blocks.2.linear2", {299: -0.0841, 159: -0.0795}, 450, 17.5),
+    OutlierPair("single_blocks.3.linear1", "single_blocks.3.linear2", {31: -0.1002, 457: -0.0968}, 1018, 14.1),
 )
 
-LOUD_TOKENS = "loud-tokens"
-VARIANTS = (*RERANGINGS, LOUD_TOKENS)
+OUTLIER_TOKENS = "outlier-tokens"
+VARIANTS = (*RERANGINGS, OUTLIER_TOKENS)
 
 
 def remove_quiet_units(tensors: dict[str, Float32]) -> None:
-    """Remove the units that `add_loud_units` replaces, in place. Only this step is not exact."""
-    for pair in LOUD_PAIRS:
+    """Remove the units that `add_outlier_units` replaces, in place. Only this step is not exact."""
+    for pair in OUTLIER_PAIRS:
         weight_OI, bias_O, hidden = (
             tensors[pair.second + names.WEIGHT],
             tensors[pair.second + names.BIAS],
@@ -122,10 +122,10 @@ def remove_quiet_units(tensors: dict[str, Float32]) -> None:
             weight_OI[:, column] = 0
 
 
-def add_loud_units(tensors: dict[str, Float32]) -> None:
+def add_outlier_units(tensors: dict[str, Float32]) -> None:
     """Replace the removed units with pairs that cancel, in place."""
     hidden = _hidden(tensors)
-    for number, pair in enumerate(LOUD_PAIRS):
+    for number, pair in enumerate(OUTLIER_PAIRS):
         weight_HI, bias_H = (tensors[pair.first + suffix][-hidden:] for suffix in (names.WEIGHT, names.BIAS))
         read_OH = tensors[pair.second + names.WEIGHT][:, -hidden:]
         signs_I = np.sign(weight_HI[pair.listens_to])
@@ -143,13 +143,13 @@ def _hidden(tensors: Mapping[str, Float32]) -> int:
 
 def write_variant(variant: str, path: Path) -> None:
     """Write a variant of the model: bfloat16 weights, and float32 biases if it is re-ranged."""
-    if variant != LOUD_TOKENS:
+    if variant != OUTLIER_TOKENS:
         write_reranged(WEIGHTS, path, RERANGINGS[variant])
         return
     with open_checkpoint(WEIGHTS) as checkpoint:
         tensors = {name: checkpoint.float32(name) for name in checkpoint.tensors}
         remove_quiet_units(tensors)
-        add_loud_units(tensors)
+        add_outlier_units(tensors)
         write_checkpoint(
             path,
             {name: Entry.of(narrow_bfloat16(values), "BF16") for name, values in tensors.items()},
@@ -324,13 +324,13 @@ def choice_of(results: Sequence[LayerResult], *, full_precision: bool = True) ->
     return Choice(scales_of(results), full_precision_of(results) if full_precision else frozenset())
 
 
-def loud_tokens_are_close() -> dict[str, float]:
-    """Velocity SQNR in dB, in float32, between the original model and the stages of "loud-tokens"."""
+def outlier_tokens_are_close() -> dict[str, float]:
+    """Velocity SQNR in dB, in float32, between the original model and the stages of "outlier-tokens"."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         original = stack.enter_context(open_checkpoint(WEIGHTS))
         tensors = {name: original.float32(name) for name in original.tensors}
         stages = [load(original, dtype=torch.float32)]
-        for change in (remove_quiet_units, add_loud_units):
+        for change in (remove_quiet_units, add_outlier_units):
             change(tensors)
             path = Path(folder, f"{len(stages)}.safetensors")
             write_checkpoint(path, {name: Entry.of(values) for name, values in tensors.items()}, {})
@@ -339,7 +339,7 @@ def loud_tokens_are_close() -> dict[str, float]:
         pairs = {
             "original, units removed": (trained, removed),
             "units removed, pairs added": (removed, added),
-            "original, loud-tokens": (trained, added),
+            "original, outlier-tokens": (trained, added),
         }
         given = conditioning(trained, HELD_OUT_PROMPTS[:16])
         return {
@@ -351,5 +351,5 @@ def loud_tokens_are_close() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for comparison, sqnr_db in loud_tokens_are_close().items():
+    for comparison, sqnr_db in outlier_tokens_are_close().items():
         print(f"{comparison}: {sqnr_db:.1f} dB")

@@ -1,4 +1,4 @@
-"""The screenshots of `convert_to_quant report` in docs/: the embedded model as it is, hot, and with loud tokens.
+"""The screenshots of `convert_to_quant report` in docs/: the embedded model as it is, hot, and with outlier tokens.
 
     python docs/images/make_report_screenshots.py [VARIANT...]
 
@@ -61,7 +61,7 @@ class Shot:
 SHOTS = (
     Shot("report_plain.png", "plain"),
     Shot("report_hot.png", "hot", "#view=both"),
-    Shot("report_loud_tokens.png", "loud-tokens", "#view=real"),
+    Shot("report_outlier_tokens.png", "outlier-tokens", "#view=real"),
     Shot("report_dark.png", "hot", last="#levels", density=1, dark=True),
     Shot("report_phone.png", "hot", width=390, density=2, tallest=1500),
     Shot("report_mix.png", "hot", last="#alone", mix=True),

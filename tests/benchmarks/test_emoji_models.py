@@ -1,4 +1,4 @@
-"""The "loud-tokens" variant of the emoji model: its loud units are loud, and say nothing."""
+"""The "outlier-tokens" variant of the emoji model: its outlier units are loud, and say nothing."""
 
 import emoji_models as emoji
 import numpy as np
@@ -10,12 +10,12 @@ from convert_to_quant.emoji import WEIGHTS
 
 @pytest.fixture(scope="module")
 def stages():
-    """The tensors with the quiet units removed, and with loud pairs in their place."""
+    """The tensors with the quiet units removed, and with outlier pairs in their place."""
     with open_checkpoint(WEIGHTS) as checkpoint:
         removed = {name: checkpoint.float32(name) for name in checkpoint.tensors}
     emoji.remove_quiet_units(removed)
     added = {name: values.copy() for name, values in removed.items()}
-    emoji.add_loud_units(added)
+    emoji.add_outlier_units(added)
     return removed, added
 
 
@@ -24,12 +24,12 @@ def hidden(tensors, layer, x):
     return 0.5 * a * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
 
 
-def test_loud_pairs_cancel_and_dwarf_everything_else(stages):
+def test_outlier_pairs_cancel_and_dwarf_everything_else(stages):
     removed, added = stages
-    for pair in emoji.LOUD_PAIRS:
+    for pair in emoji.OUTLIER_PAIRS:
         direction = np.sign(removed[pair.first + ".weight"][-1024:][pair.listens_to])
         ordinary = np.random.default_rng(0).standard_normal((50, 256))
-        ordinary -= np.outer(ordinary @ direction, direction) / 256  # what the loud units hear is 0
+        ordinary -= np.outer(ordinary @ direction, direction) / 256  # what the outlier units hear is 0
         rows = {"ordinary": ordinary, "loud": ordinary + direction * (pair.threshold + 40) / 256}
         for kind, x in rows.items():
             read = [tensors[pair.second + ".weight"][:, -1024:].astype(np.float64) for tensors in (removed, added)]
@@ -50,5 +50,5 @@ def test_nothing_but_the_named_layers_changes(stages):
         plain = {name: checkpoint.float32(name) for name in checkpoint.tensors}
     _, added = stages
     changed = {name for name, values in added.items() if not np.array_equal(values, plain[name])}
-    assert changed == {f"{layer}.{part}" for pair in emoji.LOUD_PAIRS for layer in (pair.first, pair.second)
+    assert changed == {f"{layer}.{part}" for pair in emoji.OUTLIER_PAIRS for layer in (pair.first, pair.second)
                        for part in ("weight", "bias")}  # fmt: skip
