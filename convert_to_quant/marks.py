@@ -36,6 +36,9 @@ Marking = Literal["header", "tensor", "legacy", "none", "raw", "plain"]
 Config = Mapping[str, Any]
 Written = dict[str, tuple[Spec, bytes]]
 
+QUANTIZATION_METADATA = "_quantization_metadata"
+"""Header entry (JSON) with the quantization configs of all layers."""
+
 FULL_PRECISION = "full_precision_matrix_mult"
 _FULL_PRECISION_TEXT = f', "{FULL_PRECISION}": true'
 SCALE_BYTES = 4
@@ -104,13 +107,13 @@ def leave_scale_room(metadata: dict[str, str], layers: Collection[str]) -> None:
     far = 10**12
     infos = [TensorInfo(layer + names.INPUT_SCALE, "F32", (), far, far + SCALE_BYTES) for layer in layers]
     if infos:
-        metadata[names.QUANTIZATION_METADATA] += " " * len(serialize_header(infos, {}))
+        metadata[QUANTIZATION_METADATA] += " " * len(serialize_header(infos, {}))
 
 
 def take_room(metadata: dict[str, str], most_bytes: int) -> None:
     """Remove up to `most_bytes` of padding from the header entry."""
-    if text := metadata.get(names.QUANTIZATION_METADATA):
-        metadata[names.QUANTIZATION_METADATA] = text[: max(len(text.rstrip(" ")), len(text) - most_bytes)]
+    if text := metadata.get(QUANTIZATION_METADATA):
+        metadata[QUANTIZATION_METADATA] = text[: max(len(text.rstrip(" ")), len(text) - most_bytes)]
 
 
 def mark_beside(checkpoint: Checkpoint, weight: str) -> TensorInfo | None:
@@ -184,7 +187,7 @@ class Header(Way):
     @property
     def found(self) -> list[str]:
         """The key of the header entry, if it exists."""
-        return [key for key in self.checkpoint.metadata if key == names.QUANTIZATION_METADATA]
+        return [key for key in self.checkpoint.metadata if key == QUANTIZATION_METADATA]
 
     def read(self) -> None:
         """Read the entry; raises an Error if it is not JSON, or its layers are not objects."""
@@ -214,7 +217,7 @@ class Header(Way):
 
     def once(self, configs: Mapping[str, Config]) -> tuple[Written, dict[str, str]]:
         """The entry. It overrides comfy_quant tensors, so the layers that it had before stay in it."""
-        return {}, {names.QUANTIZATION_METADATA: header_text({**self.fields["layers"], **configs})}
+        return {}, {QUANTIZATION_METADATA: header_text({**self.fields["layers"], **configs})}
 
     def changed(self, configs: Mapping[str, Config], more: Mapping[str, Config] | None = None) -> dict[str, str]:
         """The entry with new configs for some of its layers, under the same names and, if it fits, of the same length.
@@ -228,9 +231,9 @@ class Header(Way):
         if layers == self.fields["layers"]:
             return {}
         text = json.dumps({**self.fields, "layers": layers})
-        before = self.checkpoint.metadata.get(names.QUANTIZATION_METADATA, "")
+        before = self.checkpoint.metadata.get(QUANTIZATION_METADATA, "")
         room_bytes = stored_bytes(before) - stored_bytes(text)
-        return {names.QUANTIZATION_METADATA: text + " " * room_bytes if room_bytes >= 0 else header_text(layers)}
+        return {QUANTIZATION_METADATA: text + " " * room_bytes if room_bytes >= 0 else header_text(layers)}
 
 
 class Tensor(Way):

@@ -29,9 +29,6 @@ COMFY_QUANT = ".comfy_quant"
 LEGACY_MARKER = "scaled_fp8"
 """Name of the legacy marker tensor, after the checkpoint's prefix."""
 
-QUANTIZATION_METADATA = "_quantization_metadata"
-"""Header entry (JSON) with the quantization configs of all layers."""
-
 PROVENANCE_KEY = "convert_to_quant"
 """Header entry (JSON) with the history of every file that this tool writes."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, g
 
 from . import names
 from .errors import OptionError
+from .methods import METHODS
 
 if TYPE_CHECKING:
     from .formats.record import Format
@@ -44,8 +45,6 @@ DEFAULT_ROWS = 64
 
 Engine = Literal["auto", "model", "layer"]
 """How ranges are found. "auto" means "model", which measures; guessing must be requested."""
-Method = Literal["absmax", "percentile"]
-"""Keys of `solve.METHODS`."""
 ScalingMode = Literal["tensor", "row", "block"]
 WeightScale = Literal["absmax", "mse"]
 
@@ -226,7 +225,7 @@ class SolveOptions(Options):
         one_row_full_precision: whether layers with one token per image compute in full precision.
     """
 
-    method: Method = option("absmax", "absmax or percentile", "METHOD", get_args(Method))
+    method: str = option("absmax", " or ".join(METHODS), "METHOD", tuple(METHODS))
     percentile: float = option(99.9, "for --method percentile", "P", PERCENTILE)
     margin: float | None = option(None, "headroom factor, 1 for none (automatic)", "M", MARGIN)
     full_precision_budget: float = option(0.0, "share of compute allowed in full precision", "SHARE", SHARE)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
@@ -37,7 +37,8 @@ from .errors import CalibrationError
 from .formats import DEFAULT_GRID
 from .formats.record import Grid
 from .kernels import NONFINITE_BIN
-from .options import Method, SolveOptions
+from .methods import METHODS
+from .options import SolveOptions
 from .stats import BIN_CENTRES, BIN_EDGES, Statistics
 
 Cause = Literal["", "one row", "rows lost", "budget"]
@@ -426,28 +427,3 @@ def _mean_error(low: Any, high: Any, grid: Grid) -> Float:
     across = np.maximum(area, 0.0) / np.maximum(high - low, 1e-300)
     mean: Float = np.where((first == last) | (high - low < 1e-9 * high), within, across)
     return mean
-
-
-def _by_percentile(seen: Statistics, percentile: float) -> Float:
-    ranges = seen.quantiles(percentile / 100)
-    return np.where(ranges < BIN_EDGES[1], 0.0, ranges)  # in the bin of the zeros
-
-
-class Choice(NamedTuple):
-    """A method of choosing scales.
-
-    Attributes:
-        choose: from statistics of L layers and a percentile to their ranges, [L].
-        words: its description for users.
-        reason: its description in a layer's result.
-    """
-
-    choose: Callable[[Statistics, float], Float]
-    words: str
-    reason: str
-
-
-METHODS: Mapping[Method, Choice] = {
-    "absmax": Choice(lambda seen, _: seen.absmax.astype(np.float64), "clips no observed value", "absmax"),
-    "percentile": Choice(_by_percentile, "clips the values above it", "percentile {percentile:g}"),
-}

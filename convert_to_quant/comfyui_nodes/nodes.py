@@ -35,8 +35,8 @@ from ..damaged import refuse_damaged
 from ..errors import Error, OptionError
 from ..formats import FORMATS, WRITTEN
 from ..formats.record import GPUS
+from ..methods import METHODS
 from ..options import BITS, BestOptions, ConvertOptions, RunOptions, SolveOptions, inputs_of
-from ..solve import METHODS
 from ..stats import Statistics
 from ..telling import Progress, advance, plural
 from . import folders
