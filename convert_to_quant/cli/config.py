@@ -11,8 +11,8 @@ One table per command. Keys are the long flags without leading dashes, or the na
     [comfyui.observe]
     server = "http://127.0.0.1:8188"
 
-A table becomes words of a command line, which are put before those that the user typed. An option that the user typed
-replaces the file's: lists are not joined, and `--no-legacy` cancels `legacy = true`. Relative paths are relative to the
+A table becomes words of the command line, before those that the user typed. An option that the user typed replaces the
+file's: lists are not joined, and `--no-legacy` cancels `legacy = true`. Relative paths are relative to the
 configuration file, so a folder with a model and its recipe can be moved.
 
 `--save-config FILE.toml` writes such a table with every option that differs from its default.
@@ -53,7 +53,7 @@ def read(path: str, known: Sequence[str]) -> Table:
         raise OptionError(f"invalid TOML: more than {MOST_DOTS} dots in a line", path=path)
     try:
         content: Table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of a number with thousands of digits
         raise OptionError(f"invalid TOML: {error}", path=path) from None
     except RecursionError:
         raise OptionError("invalid TOML: nested too deeply", path=path) from None
@@ -111,23 +111,28 @@ def parse(
     if path is None:
         return parser.parse_args(words), leaf, names
     table: Any = read(path, known)
+    typed = words[len(actions) :]
+    if (inner := leaf.subcommands()) is not None:  # no action was typed: use the file's only one
+        leaf, actions = follow(parser, [name for name in table.get(command, ()) if name in inner.choices])
+        names = [command, *actions]
     for name in names:
         if not isinstance(table, dict) or name not in table:
             raise OptionError(f"the file has no table [{'.'.join(names)}]", path=path)
         table = table[name]
-    leaf.config = path
-    typed = words[len(actions) :]
-    return parser.parse_args([*actions, *_words(table, path, names, leaf, typed), *typed]), leaf, names
+    try:
+        words = [*actions, *_with_table(table, path, names, leaf, typed)]
+    except ValueError as error:  # a hexadecimal number with thousands of digits
+        raise OptionError(f"invalid TOML: {error}", path=path) from None
+    return parser.parse_args(words), leaf, names
 
 
-def _words(table: Table, path: str, names: Sequence[str], parser: Parser, typed: Sequence[str]) -> list[str]:
-    """A table as words of a command line, without the options that the user typed."""
+def _with_table(table: Table, path: str, names: Sequence[str], parser: Parser, typed: Sequence[str]) -> list[str]:
+    """The typed words, and as words a table's values for what the user did not type."""
     replaced = {parser._option_string_actions.get(word.partition("=")[0]) for word in typed}
     for group in parser._mutually_exclusive_groups:
         if replaced.intersection(group._group_actions):
             replaced.update(group._group_actions)
-    if any(parser.strays(typed)):
-        replaced.update(parser._get_positional_actions())
+    replaced.update(parser._get_positional_actions()[: len([*parser.strays(typed)])])
 
     def refuse(key: str, problem: str) -> OptionError:
         return OptionError(problem, path=path, tensor=f"[{'.'.join(names)}] {key}")
@@ -136,23 +141,29 @@ def _words(table: Table, path: str, names: Sequence[str], parser: Parser, typed:
     values = {flag_spelling("--" + key)[2:]: value for key, value in table.items()}
     for name in values.keys() - known.keys():
         raise refuse(name, f"unknown key ({did_you_mean(name, known) or f'see convert_to_quant help {names[0]}'})")
-    words = []
+    flags, places = [], []
     for name, action in known.items():
         value = values.get(name)
         if value is None or action in replaced:
             continue
-        for one in value if isinstance(value, list) else [value]:
+        parser.origins[argparse._get_action_name(action) or name] = f"{path}: [{'.'.join(names)}] {name}"
+        several = isinstance(action, argparse._AppendAction) or action.nargs in ("*", "+")
+        for one in value if several and isinstance(value, list) else [value]:
             if not isinstance(one, (str, int, float)) or isinstance(one, bool) != (action.nargs == 0):
                 wanted = "true or false" if action.nargs == 0 else "a string or a number"
-                raise refuse(name, f"{wanted} expected, found a {type(one).__name__}")
-            text = str(one)
+                found = repr(one) if isinstance(one, (str, int, float)) else f"a {type(one).__name__}"
+                raise refuse(name, f"expected {wanted}, found {found}")
+            if "\0" in (text := str(one)):
+                raise refuse(name, "found a NUL character")
             if kind_of(action) is not None and text not in NO_PATHS:
                 text = str(Path(path).parent / text)
-            if one is True:
-                words.append(f"--{name}")
+            if not action.option_strings:
+                places.append(text)
+            elif one is True:
+                flags.append(f"--{name}")
             elif one is not False:
-                words.append(f"--{name}={text}" if action.option_strings else text)
-    return words
+                flags.append(f"--{name}={text}")
+    return [*flags, *typed, *(["--", *places] if places else [])]
 
 
 def options_in_force(parser: Parser, args: argparse.Namespace, folder: Path | None = None) -> Table:

@@ -61,14 +61,14 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         hints: what to use instead of a flag of another program.
-        config: the configuration file whose options are part of the command line.
+        origins: the options that a configuration file set, as argparse's errors name them, and where.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"add_help": False, "allow_abbrev": False, **settings})
         self._positionals.title = "arguments"
         self.hints: Mapping[str, str] = {}
-        self.config: str | None = None
+        self.origins: dict[str, str] = {}
 
     # misuse
 
@@ -109,8 +109,9 @@ class Parser(argparse.ArgumentParser):
         """Print the error and how to get help, and exit."""
         message = re.sub(r"^argument (?=\S+: )", "", message)
         message = re.sub(r"^unrecognized arguments: (\S+).*", r"unexpected argument '\1'", message)
-        where = f"{self.config}: " if self.config else ""
-        wrong = f"{paint('error:', 'bad', sys.stderr)} {printable(where + message)}"
+        name, colon, problem = message.partition(": ")
+        message = self.origins.get(name, name) + colon + problem
+        wrong = f"{paint('error:', 'bad', sys.stderr)} {printable(message)}"
         self.exit(MISUSED, f"{wrong}\nsee: {self.prog} --help\n")
 
     # contents

@@ -89,6 +89,14 @@ def test_positional_arguments_have_their_names_in_the_help(recipe, tmp_path):
     assert (found["input"], found["statistics"]) == (str(tmp_path / "m"), [str(tmp_path / "a"), str(tmp_path / "b")])
     found = options(path, "apply", "n", "c")
     assert (found["input"], found["statistics"], found["output"]) == ("n", ["c"], str(tmp_path / "o"))
+    found = options(path, "apply", "n")
+    assert (found["input"], found["statistics"]) == ("n", [str(tmp_path / "a"), str(tmp_path / "b")])
+
+
+def test_a_value_is_never_a_flag(recipe, monkeypatch):
+    monkeypatch.chdir(recipe('[inspect]\nmodel = "--strict"').parent)
+    found = options(Path("recipe.toml"), "inspect")
+    assert (found["inputs"], found["strict"]) == (["--strict"], False)
 
 
 def test_values_that_are_not_paths_are_not_resolved(recipe):
@@ -96,7 +104,7 @@ def test_values_that_are_not_paths_are_not_resolved(recipe):
     assert (found["json"], found["conditioning"]) == ("-", ["noise"])
 
 
-@pytest.mark.parametrize("named", [[], ["comfyui", "install"]])
+@pytest.mark.parametrize("named", [[], ["comfyui"], ["comfyui", "install"]])
 def test_actions_have_tables_of_their_own(ctq, recipe, tmp_path, named):
     (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     outcome = ctq(*named, "--config", recipe('[comfyui.install]\ndir = "ComfyUI"\ndry_run = true'))
@@ -110,20 +118,24 @@ def test_actions_have_tables_of_their_own(ctq, recipe, tmp_path, named):
          "[convert] actcal-sampels: unknown key (did you mean actcal-samples?)"),
         ("[convert]\nmodel = 3", ["-i", "a"], "[convert] model: unknown key (see convert_to_quant help convert)"),
         ("[convert]\nconfig = 'x'", ["-i", "a"], "[convert] config: unknown key (see convert_to_quant help convert)"),
-        ("[convert]\nactcal-samples = 'many'", ["-i", "a"], "--actcal-samples: invalid int value: 'many'"),
-        ("[convert]\nactcal-samples = [[3]]", ["-i", "a"],
-         "[convert] actcal-samples: a string or a number expected, found a list"),
+        ("[convert]\nactcal-samples = 'many'", ["-i", "a"], "[convert] actcal-samples: invalid int value: 'many'"),
+        ("[convert]\nactcal-samples = [3]", ["-i", "a"],
+         "[convert] actcal-samples: expected a string or a number, found a list"),
         ("[convert]\nactcal-samples = true", ["-i", "a"],
-         "[convert] actcal-samples: a string or a number expected, found a bool"),
-        ("[convert]\nactcal = 1", ["-i", "a"], "[convert] actcal: true or false expected, found a int"),
-        ("[convert]\nscaling-mode = 'rwo'", ["-i", "a"], "--scaling-mode: invalid choice: 'rwo' (did you mean row?)"),
-        ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"], "--legacy: not allowed with"),
-        ("[inspect]\nmodel = []", [], "the following arguments are required: MODEL"),
+         "[convert] actcal-samples: expected a string or a number, found True"),
+        ("[convert]\nactcal-samples = 0x" + 5000 * "f", ["-i", "a"], "invalid TOML: Exceeds the limit"),
+        ("[convert]\nactcal-samples = " + 5000 * "1", ["-i", "a"], "invalid TOML: Exceeds the limit"),
+        ("[convert]\noutput = 'a\\u0000b'".replace("'", '"'), ["-i", "a"], "[convert] output: found a NUL character"),
+        ("[convert]\nactcal = 1", ["-i", "a"], "[convert] actcal: expected true or false, found 1"),
+        ("[convert]\nscaling-mode = 'rwo'", ["-i", "a"],
+         "[convert] scaling-mode: invalid choice: 'rwo' (did you mean row?)"),
+        ("[convert]\nlegacy = true\ncomfy-quant = true", ["-i", "a"], "[convert] legacy: not allowed with"),
+        ("[completion]\nshell = 'bsah'", [], "[completion] shell: invalid choice: 'bsah' (did you mean bash?)"),
         ("[apply]", ["-i", "a"], "the file has no table [convert]"),
         ("[convert", [], "invalid TOML: Expected ']' at the end of a table declaration (at end of document)"),
         ("[convert]\nk = " + "[" * 3000, [], "invalid TOML: nested too deeply"),
         ("[convert]\nactcal = " + "[" * 100 + "]" * 100, [],
-         "[convert] actcal: true or false expected, found a list"),
+         "[convert] actcal: expected true or false, found a list"),
         ("[convert]\n" + "a." * 20_000 + "a = 1", [], "invalid TOML: more than 500 dots in a line"),
         ("#" * 100_000, [], "the configuration cannot be read: larger than 65,536 bytes"),
         ("", [], "the file has 0 tables, so the command is ambiguous (name it: "),
@@ -137,6 +149,11 @@ def test_an_invalid_file_is_a_usage_error(ctq, recipe, text, words, said):
     outcome = ctq("--config", path, *words)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith(f"error: {path}: {said}")
+
+
+def test_errors_in_typed_options_do_not_name_the_file(ctq, recipe):
+    outcome = ctq("--config", recipe("[convert]\ninput = 'a'\nactcal-samples = 3"), "--actcal-samples", "many")
+    assert outcome.err.startswith("error: --actcal-samples: invalid int value: 'many'\n")
 
 
 def test_a_name_that_is_not_utf8_is_not_saved(ctq, fp8_file):
