@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import StrPath
 from ..telling import KEPT_DB, LOST_DB, Progress, duration
-from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of
+from .terminal import Styled, columns, fitted, has_color, is_terminal, paint, printable, style_of, width_of
 
 SECONDS_BETWEEN_LINES = 30.0
 """Without a terminal, progress is reported this often, and only if more than this is left at first."""
@@ -28,8 +28,8 @@ FIRST_PARTS = 100
 """The first estimate comes after this fraction of the work, or after one evaluation if that is more."""
 
 GAP = "  "
-WRAPPED = 25
-"""On a terminal, longer table cells may wrap between words."""
+WRAPPED, BROKEN = 25, 12
+"""On a terminal, table cells longer than the first may wrap between words; words longer than the second may break."""
 
 _begun = time.monotonic()
 _quiet = False
@@ -120,30 +120,34 @@ def print_table(
     drawn = is_terminal(stream)
     names = [Styled(name, "head") for name in head] if drawn else head
     table = [[_clean(cell) for cell in row] for row in (names, *rows)]
-    widths = {number: max(map(len, column)) for number, column in enumerate(zip(*table, strict=True))}
+    widths = {number: max(map(width_of, column)) for number, column in enumerate(zip(*table, strict=True))}
     if drawn:
         widths = _fit(widths, table, optional)
     for row in table:
         cells = [
-            textwrap.wrap(row[number], width, break_on_hyphens=False) if len(row[number]) > width else [row[number]]
+            textwrap.wrap(row[number], width, break_on_hyphens=False)
+            if width_of(row[number]) > width
+            else [row[number]]
             for number, width in widths.items()
         ]
         for parts in zip_longest(*cells, fillvalue=""):
-            line = [
-                paint(part.rjust(width) if number in right else part.ljust(width), style_of(row[number]), stream)
-                for (number, width), part in zip(widths.items(), parts, strict=True)
-            ]
+            line = []
+            for (number, width), part in zip(widths.items(), parts, strict=True):
+                space = " " * (width - width_of(part))
+                cell = space + part if number in right else part + space
+                line.append(paint(cell if number < max(widths) else cell.rstrip(), style_of(row[number]), stream))
             print(GAP.join(line).rstrip(), file=stream)
         if drawn and row is table[0]:
-            print("─" * (sum(widths.values()) + len(GAP) * (len(widths) - 1)), file=stream)
+            rule = "─" if (stream.encoding or "").lower().startswith("utf") else "-"
+            print(rule * (sum(widths.values()) + len(GAP) * (len(widths) - 1)), file=stream)
     if omitted := ", ".join(name for number, name in enumerate(head) if name and number not in widths):
         text = fitted(f"no room for: {omitted} (a pipe, a file and --json have them)", stream)
         print(paint(text, "dim", stream), file=stream)
 
 
 def _fit(widths: dict[int, int], table: Sequence[Sequence[str]], optional: Sequence[int]) -> dict[int, int]:
-    """Widths of the columns that fit a terminal, if need be without optional ones and with long cells wrapped."""
-    words = {number: max(len(word) for row in table for word in row[number].split() or [""]) for number in widths}
+    """Widths of the columns that fit a terminal, if need be without optional ones and with long words broken."""
+    words = {number: max(width_of(word) for row in table for word in row[number].split() or [""]) for number in widths}
     fit = {number: max(words[number], min(width, WRAPPED)) for number, width in widths.items()}
 
     def room() -> int:
@@ -152,6 +156,8 @@ def _fit(widths: dict[int, int], table: Sequence[Sequence[str]], optional: Seque
     for number in optional:
         if room() < 0:
             del fit[number]
+    while room() < 0 and max(fit.values()) > BROKEN:
+        fit[max(fit, key=fit.__getitem__)] -= 1
     for number, width in fit.items():
         fit[number] += min(widths[number] - width, max(room(), 0))
     return fit

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -64,6 +65,17 @@ def columns() -> int:
 def text_width(stream: TextIO) -> int:
     """Width of text: `WIDEST`, or that of a narrower terminal."""
     return min(columns(), WIDEST) if is_terminal(stream) else WIDEST
+
+
+def width_of(text: str) -> int:
+    """Number of columns that a text fills on a terminal.
+
+    >>> width_of("model"), width_of("模型"), width_of("e\N{COMBINING ACUTE ACCENT}")
+    (5, 4, 1)
+    """
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
 
 
 def paint(text: str, style: str, stream: TextIO) -> str:

@@ -75,6 +75,18 @@ def test_a_narrow_terminal_omits_columns_with_a_note(terminal, monkeypatch, widt
     assert max(map(len, shown.splitlines())) <= width
 
 
+def test_a_terminal_gets_aligned_columns_and_no_line_that_is_too_long(terminal, monkeypatch):
+    stream = terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("NO_COLOR", "1")
+    output.print_table(("file", "note"), [("模型.safetensors", "wide"), ("long_" * 12, "one two " * 9)])
+    head, rule, wide, *lines = stream.getvalue().splitlines()
+    assert set(rule) in ({"─"}, {"-"})
+    assert head.index("note") == wide.index("wide") + 2, "two letters are two columns wide"
+    assert max(map(len, [head, rule, *lines])) <= 50
+
+
 def test_messages_are_wrapped_only_on_a_terminal(terminal, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     text = "calibrated 32 of 32  layers of a-file-with-a-long-name.safetensors"
