@@ -33,7 +33,7 @@ from .checkpoint.undo import (
     find_undo,
     interrupted,
     read_undo,
-    refuse_foreign_undo,
+    refuse_undo_name,
     refuse_unrecovered,
     undo_path,
     undo_record,
@@ -281,7 +281,7 @@ def apply_in_place(patch: Patch) -> int:
         left = find_undo(checkpoint.path, paths)
         if left is not None:
             raise interrupted(checkpoint.path, left)
-        refuse_foreign_undo(checkpoint.path)
+        refuse_undo_name(checkpoint.path)
         _refuse_changed(patch, fds)
         write_bytes(undo, undo_record(zip(paths, fds, strict=True), edits), like=os.fstat(fds[0]))
         try:
@@ -341,11 +341,11 @@ def recover(path: Path) -> bool:
 
     Raises:
         OutputError: the undo file is damaged, belongs to other files or another user, or changes weights; the files
-            are in use; or the name of the undo file is taken by that of another file.
+            are in use; or the undo file of a change could not have its name.
     """
     paths = checkpoint_files(path)
     if find_undo(path, paths) is None:
-        refuse_foreign_undo(path)
+        refuse_undo_name(path)
         return False
     with _locked(paths) as fds:
         where = find_undo(path, paths)

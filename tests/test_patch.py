@@ -634,6 +634,13 @@ def test_a_renamed_file_is_found_and_recovered_and_a_new_one_of_the_old_name_is_
     assert in_place(converted, CHANGES) == 5
 
 
+def test_a_file_whose_undo_file_would_have_too_long_a_name_is_refused_before_any_work(converted):
+    long = converted.rename(converted.with_name("m" * 251))
+    problem = f"{long}: the name of its undo file, {undo_path(long).name}, is too long (rename the checkpoint first)"
+    assert refused(recover, long) == refused(in_place, long, CHANGES) == problem
+    assert in_place(long.rename(long.with_name("m" * 250)), CHANGES) == 5
+
+
 def test_undo_files_of_other_models_in_the_folder_say_nothing_of_this_one(converted, monkeypatch):
     undo = interrupted(converted, monkeypatch)
     other = converted.with_name("other.safetensors")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import binascii
 import contextlib
+import errno
 import json
 import os
 import shlex
@@ -282,13 +283,20 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-def refuse_foreign_undo(path: Path) -> None:
-    """Refuse an in-place change whose undo file would replace that of another, renamed file.
+def refuse_undo_name(path: Path) -> None:
+    """Refuse an in-place change whose undo file cannot have its name; call it before any work.
 
     Raises:
-        OutputError: the undo file's name is taken.
+        OutputError: the name is too long, or taken by the undo file of another, renamed file.
     """
     undo = undo_path(path)
-    if os.path.lexists(undo):
+    try:
+        undo.lstat()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return
+        problem, hint = f"the name of its undo file, {undo.name}, is too long", "rename the checkpoint first"
+    else:
         problem = f"its undo file would replace {undo.name}, which belongs to another file in this folder"
-        raise OutputError(problem, path=path, hint="change that file in place first to restore its old bytes")
+        hint = "change that file in place first to restore its old bytes"
+    raise OutputError(problem, path=path, hint=hint)
