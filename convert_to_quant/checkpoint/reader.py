@@ -236,13 +236,13 @@ class Checkpoint:
         return to_float32(self.bits(name), info.dtype)
 
 
-def to_float32(bits: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Convert an array returned by `Checkpoint.bits`, of a dtype in `FLOAT_DTYPES`, to float32 of the same shape.
+def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Convert an array returned by `Checkpoint.bits`, of a dtype in `FLOAT_DTYPES`, to fresh float32 of the same shape.
 
-    The result is fresh, or in `out`. All but float64 convert exactly; float64 overflows to infinity.
+    All but float64 convert exactly; float64 is rounded, and overflows to infinity.
     """
     if dtype == "BF16":
-        return widen_bfloat16(bits, out)
+        return widen_bfloat16(bits)
     if dtype in FLOAT_GRIDS:
         return FLOAT_GRIDS[dtype].decode(bits)
     with np.errstate(over="ignore", invalid="ignore"):  # float64 overflow; signaling NaNs

@@ -98,10 +98,9 @@ def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-def widen_bfloat16(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Convert bfloat16 bit patterns, uint16 of any shape, to float32, in `out` if given."""
-    wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
-    wide[...] = bits
+def widen_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Convert bfloat16 bit patterns, uint16 of any shape, to float32."""
+    wide = bits.astype(np.uint32)
     wide <<= np.uint32(16)
     return wide.view(np.float32)
 
@@ -368,7 +367,7 @@ class Format:
         out, within = self.sides
         if out == within:
             return f"dimensions that are multiples of {out}"
-        return f"multiples of {within} inputs" + (f" and {out} outputs" if out > 1 else "")
+        return f"a multiple of {within} inputs"
 
     def block(self, weight_shape: tuple[int, int], block_size: int) -> tuple[int, int]:
         """The block (b_out, b_in) of a weight (out, in) that shares one scale when it is written."""

@@ -241,8 +241,8 @@ def test_weights_of_16_bits_are_rounded_in_float32(tmp_path: Path, name: str, dt
     [
         ("fp8", (16, 40), None, "16 × 40: FP8 needs dimensions that are multiples of 16"),
         ("fp8", (1, 16), None, "1 × 16: FP8 needs dimensions that are multiples of 16"),
-        ("int8-convrot", (64, 24), "int8", "64 × 24: INT8 ConvRot needs multiples of 16 inputs"),
-        ("w6a8", (64, 128), "int8", "64 × 128: W6A8 needs multiples of 256 inputs"),
+        ("int8-convrot", (64, 24), "int8", "64 × 24: INT8 ConvRot needs a multiple of 16 inputs"),
+        ("w6a8", (64, 128), "int8", "64 × 128: W6A8 needs a multiple of 256 inputs"),
         ("mxfp8", (48, 64), "fp8", "48 × 64: MXFP8 needs dimensions that are multiples of 32"),
         ("mxfp8", (20, 64), None, "20 × 64: MXFP8 needs dimensions that are multiples of 32"),
         ("nvfp4", (20, 64), None, "20 × 64: NVFP4 needs dimensions that are multiples of 16"),
