@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__, families, layout, names
-from .checkpoint import ALL_ROWS, Checkpoint, CheckpointWriter, Spec, refuse_same_file, serialize_header, to_float32
+from .checkpoint import ALL_ROWS, Checkpoint, CheckpointWriter, Spec, serialize_header, to_float32
 from .checkpoint.reader import BIT_DTYPES
 from .checkpoint.writer import lay_out
 from .errors import CheckpointError, OutputError, TensorError
@@ -231,9 +231,9 @@ def _say_cast(cast: list[Decision]) -> list[str]:
     if not cast:
         return []
     declared = sum(each.as_it_is for each in cast)
-    done = f"{declared} of them get a config and a scale of 1.0" if declared else "they are copied unchanged"
-    what = f"{plural(len(cast), 'layer')} are a plain cast to {named(each.layer for each in cast)} without scales"
-    return [f"{what}: {done}; {SIXTEEN_BITS}, and --requantize quantizes them again"]
+    done = f"{declared} of them declared with a scale of 1.0" if declared else "copied unchanged"
+    what = f"plain casts to {named(each.layer for each in cast)} without scales: {plural(len(cast), 'layer')}"
+    return [f"{what}, {done}; {SIXTEEN_BITS}, and --requantize quantizes them again"]
 
 
 def _say_again(checkpoint: Checkpoint, layers: list[Layer]) -> list[str]:
@@ -334,8 +334,8 @@ def _lay_out(checkpoint: Checkpoint, plan: ConversionPlan) -> layout.Layout:
             dropped.update(layout.beside(checkpoint, layer.name))
     metadata: Mapping[str, str] = checkpoint.metadata
     if options.requantize:  # other quantized layers get configs in the same convention
-        kept, told, unmarked = layout.remark(checkpoint, plan.table, plan.ways, configs)
-        made, configs, dropped = made | kept, configs | told, dropped | unmarked
+        kept, declared, unmarked = layout.remark(checkpoint, plan.table, plan.ways, configs)
+        made, configs, dropped = made | kept, configs | declared, dropped | unmarked
         metadata = plan.table.marks.other_metadata
     marked = layout.mark_once(made, configs, plan.ways, metadata)
     leave_scale_room(marked, without_scale)
@@ -397,7 +397,6 @@ def convert(
         TensorError: a weight has NaN or infinite values.
         OutputError: the output cannot be written or is the input, or there is nothing to convert.
     """
-    refuse_same_file(output, [checkpoint.path, *(file.path for file in checkpoint.files)])
     if not plan.quantized:
         problem = f"nothing to convert: no layer would become {plan.options.record.title}"
         more = "; --actcal calibrates the existing FP8 layers" if plan.table.static else ""

@@ -81,7 +81,7 @@ def beside(checkpoint: Checkpoint, layer: str) -> list[str]:
     return [layer + suffix for suffix in suffixes if layer + suffix in checkpoint]
 
 
-def told(checkpoint: Checkpoint, table: LayerTable, layer: Layer | ForeignLayer) -> Config:
+def config_of(checkpoint: Checkpoint, table: LayerTable, layer: Layer | ForeignLayer) -> Config:
     """A quantized layer's config, guessed from its tensors if it has none.
 
     Raises:
@@ -114,7 +114,7 @@ def remark(
                 problem = f"it is {layer.form}, which only the legacy convention can declare"
                 raise TensorError(problem, path=checkpoint.path, tensor=layer.name)
             continue
-        config = told(checkpoint, table, layer)
+        config = config_of(checkpoint, table, layer)
         granularity = layer.granularity if isinstance(layer, Layer) else None
         if unable := ways[0].cannot(layer.name, config, granularity):
             raise TensorError(unable, path=checkpoint.path, tensor=layer.name)

@@ -365,9 +365,9 @@ class Marks:
 
     def __init__(self, checkpoint: Checkpoint, prefix: str, refuse: Refuse) -> None:
         self.checkpoint = checkpoint
-        told = (checkpoint, prefix, refuse)
-        self.header, self.tensor, self.legacy, self.none = Header(*told), Tensor(*told), Legacy(*told), Way(*told)
-        self.fresh, self.fresh_legacy, self.unmarked = Header(*told), Legacy(*told), Unmarked(*told)
+        given = (checkpoint, prefix, refuse)
+        self.header, self.tensor, self.legacy, self.none = Header(*given), Tensor(*given), Legacy(*given), Way(*given)
+        self.fresh, self.fresh_legacy, self.unmarked = Header(*given), Legacy(*given), Unmarked(*given)
         self.fresh_legacy.markers = {}  # existing markers are dropped where every config is rewritten
 
     def of(self, layer: str) -> Way:

@@ -10,7 +10,7 @@ from .convert import provenance, provenance_room
 from .errors import TensorError
 from .formats.record import Packed, narrow_bfloat16, spans
 from .layers import Layer, dequantize, find_layers, named
-from .layout import Job, Layout, Sink, Tensors, beside, lay_out, mark_once, remark, told
+from .layout import Job, Layout, Sink, Tensors, beside, config_of, lay_out, mark_once, remark
 from .quantize import rows_at_a_time
 from .telling import plural
 
@@ -35,7 +35,7 @@ def plan_bfloat16(checkpoint: Checkpoint) -> tuple[Layout, list[Job], str]:
         raise TensorError(problem, path=checkpoint.path)
     dropped: set[str] = set() if any(name in table.marks.legacy for name in table.foreign) else table.marks.markers
     for layer in table.quantized.values():
-        told(checkpoint, table, layer)
+        config_of(checkpoint, table, layer)
         dropped.update(beside(checkpoint, layer.name))
     made: dict[str, Tensors] = {
         layer.weight.name: {layer.weight.name: (Spec("BF16", layer.shape), None)} for layer in layers
@@ -46,7 +46,7 @@ def plan_bfloat16(checkpoint: Checkpoint) -> tuple[Layout, list[Job], str]:
         metadata.update(table.marks.fresh.once(foreign)[1])
     metadata[names.PROVENANCE_KEY] = provenance(checkpoint.metadata, dequantize={"from": named(layers)})
     done = f"{plural(len(layers), 'layer')} in {named(layers)} to BF16"
-    left = f"; {len(table.foreign)} in other formats stay as they are" if table.foreign else ""
+    left = f"; {len(table.foreign)} in other formats copied unchanged" if table.foreign else ""
     jobs = [_dequantizing(checkpoint, layer) for layer in layers]
     return lay_out(checkpoint, made, dropped, metadata), jobs, done + left
 

@@ -50,7 +50,7 @@ def misshapen(
             if shape == usual[::-1] != usual and 2 * count > len(layers) > 2:
                 yield name, f"{_sides(shape)}, but {_sides(usual)} in other blocks"
             elif _READS_STREAM.search(name) and shape[0] in sizes and shape[1] not in sizes:
-                yield name, f"{_sides(shape)} behind a norm of {shape[0]}"
+                yield name, f"{_sides(shape)} after a norm of {shape[0]}"
 
 
 def _in_block(tensor: str) -> tuple[str, str, str]:

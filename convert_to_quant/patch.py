@@ -221,7 +221,7 @@ def in_place_edits(patch: Patch) -> list[Edit]:
 
 def _impossible(why: str, path: Path, tensor: str | None = None) -> OutputError:
     hint = "write a new file with -o instead"
-    return OutputError(f"in place is not possible: {why}", path=path, tensor=tensor, hint=hint)
+    return OutputError(f"cannot be changed in place: {why}", path=path, tensor=tensor, hint=hint)
 
 
 def _placed(patch: Patch) -> tuple[dict[str, bytes], dict[str, TensorInfo]]:

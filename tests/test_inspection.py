@@ -416,7 +416,7 @@ def test_e5m2_is_judged_by_its_own_range(look):
     ("name", "shape", "detail"),
     [
         ("blocks.1.mlp.0", (16, 64), "16 × 64, but 64 × 16 in other blocks"),
-        ("blocks.0.attn.qkv", (16, 48), "16 × 48 behind a norm of 16"),
+        ("blocks.0.attn.qkv", (16, 48), "16 × 48 after a norm of 16"),
     ],
 )
 def test_a_weight_that_contradicts_other_blocks_or_its_norm(save, name, shape, detail):

@@ -160,7 +160,7 @@ def test_unreadable_layers_keep_their_configs(save, build, tmp_path):
     said["layers"]["blocks.1.a"] = {"format": "awq_w4a16"}
     source = save("in.safetensors", tensors | raw | foreign, {"_quantization_metadata": json.dumps(said)})
     output = tmp_path / "out.safetensors"
-    assert dequantized(source, output) == "2 layers in FP8 to BF16; 1 in other formats stay as they are"
+    assert dequantized(source, output) == "2 layers in FP8 to BF16; 1 in other formats copied unchanged"
     with open_checkpoint(output) as checkpoint:
         assert json.loads(checkpoint.metadata["_quantization_metadata"])["layers"] == {
             "blocks.1.a": {"format": "awq_w4a16"}

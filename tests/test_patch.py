@@ -133,7 +133,7 @@ def test_a_scale_keeps_its_shape_but_becomes_float32_because_readers_crash_on_ot
         assert contents(source) == contents(output)
     else:
         problem = refused(in_place, source, {"x": SCALE})
-        assert re.search(r"x.input_scale: in place is not possible: it is .* and must become F32 \[\]", problem)
+        assert re.search(r"x.input_scale: cannot be changed in place: it is .* and must become F32 \[\]", problem)
 
 
 def test_shards_are_rewritten_as_shards_or_as_one_file(tmp_path, save_shards, build):
@@ -258,7 +258,7 @@ def test_what_a_legacy_marker_means_for_a_change_is_noted(*, save, build, markin
         assert (layer_of(output).marking, layer_of(output).full_precision) == ("legacy", NOT_HEEDED in notes)
     if REPLACED in notes:
         assert refused(in_place, source, {"x": change}, enable_fp8_matmul=True) == (
-            f"{source}: scaled_fp8: in place is not possible: it is F8_E4M3 [2] and must become F8_E4M3 [0] "
+            f"{source}: scaled_fp8: cannot be changed in place: it is F8_E4M3 [2] and must become F8_E4M3 [0] "
             "(write a new file with -o instead)"
         )
 
@@ -304,10 +304,10 @@ def test_provenance_that_has_no_room_is_left_out_but_everything_else_is_done(con
         assert checkpoint.metadata[PROVENANCE_KEY] == said
 
 
-TENSOR = "x.{}: in place is not possible: {} (write a new file with -o instead)"
+TENSOR = "x.{}: cannot be changed in place: {} (write a new file with -o instead)"
 MARK = TENSOR.format("comfy_quant", "it is U8 [36] and must become U8 [72]")
 NO_SCALE = TENSOR.format("input_scale", "the file has no such tensor yet")
-NO_ROOM = "in place is not possible: the header has 232 bytes and needs 4233 (write a new file with -o instead)"
+NO_ROOM = "cannot be changed in place: the header has 232 bytes and needs 4233 (write a new file with -o instead)"
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_shards_of_another_folder_are_refused_in_place(save_shards, build, tmp_p
     shard = tmp_path / "m-00001-of-00001.safetensors"
     real = shard.rename(tmp_path / "elsewhere" / "x.safetensors")
     shard.symlink_to(real)
-    problem = "in place is not possible: it is not in the folder of m.safetensors.index"
+    problem = "cannot be changed in place: it is not in the folder of m.safetensors.index"
     assert problem in refused(in_place, index, {"x": SCALE})
 
 

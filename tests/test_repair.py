@@ -97,7 +97,7 @@ def test_in_place_needs_room(save):
     before = source.read_bytes()
     with pytest.raises(OutputError) as caught:
         repaired(source, in_place=True)
-    assert str(caught.value).startswith(f"{source}: in place is not possible: the header has ")
+    assert str(caught.value).startswith(f"{source}: cannot be changed in place: the header has ")
     assert str(caught.value).endswith("(write a new file with -o instead)")
     assert source.read_bytes() == before
     assert [path.name for path in source.parent.iterdir()] == ["in.safetensors"]

@@ -240,7 +240,7 @@ def test_in_place_without_a_float32_scalar_is_refused_before_any_work(refused, f
     monkeypatch.setattr(convert, "calibrate", None)
     fp8(lambda tensors: [tensors.pop("blocks.1.input_scale"), tensors.update(input_scale)])
     place = "in.safetensors: blocks.1.input_scale"
-    refused(f"{place}: in place is not possible: {problem} (write a new file with -o instead)", *IN_PLACE)
+    refused(f"{place}: cannot be changed in place: {problem} (write a new file with -o instead)", *IN_PLACE)
 
 
 def test_the_document_is_json_even_for_layers_without_a_range(ctq, fp8):

@@ -122,7 +122,7 @@ def test_in_place_needs_a_place_for_the_scale(originals, ctq, tmp_path, name):
     said = ctq("-i", path, "--in-place", *LAYER)
     assert said.code == FORMATS[name].dynamic
     if FORMATS[name].dynamic:
-        place = "input_scale: in place is not possible: the file has no such tensor yet (write a new file with -o"
+        place = "input_scale: cannot be changed in place: the file has no such tensor yet (write a new file with -o"
         assert place in " ".join(said.err.split())
         assert path.read_bytes() == (originals / f"{name}.safetensors").read_bytes()
 
