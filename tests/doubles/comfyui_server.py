@@ -272,7 +272,7 @@ class Double:
     def _post_prompt(self, said: Any) -> Answer:
         prompt = said["prompt"]
         outputs = [name for name, node in prompt.items() if self.classes[node["class_type"]].OUTPUT_NODE]
-        name, number = said.get("prompt_id") or str(uuid.uuid4()), len(self.prompts) + 1
+        name, number = str(uuid.uuid4()), len(self.prompts) + 1
         self.prompts.append(prompt)
         with self._mutex:
             self.queue.append([number, name, prompt, {"client_id": said["client_id"]}, outputs])

@@ -2,7 +2,7 @@
 
     GET  /system_stats           is it ComfyUI
     GET  /object_info/CLASS      inputs and outputs of a node class
-    POST /prompt                 queue a run under an id of ours
+    POST /prompt                 queue a run
     GET  /history/ID, /queue     is it done, running or waiting
     GET  /view?filename=...      a file in its output folder
     POST /queue, /interrupt      cancel a run
@@ -81,7 +81,7 @@ class Server:
         self.address, self.patience_seconds = check_address(address), patience_seconds
         self.client = str(uuid4())
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
-        self._run: str | None = None  # id of a run that may be on the server
+        self._queued = False  # whether a run of ours may be on the server
 
     def __enter__(self) -> Server:
         return self
@@ -122,14 +122,14 @@ class Server:
         Raises:
             CalibrationError: the workflow was rejected or failed, or the server stopped answering.
         """
-        self._run = run = str(uuid4())
-        answer = as_object(self._ask("/prompt", {"prompt": nodes, "prompt_id": run, "client_id": self.client}))
-        if answer.get("prompt_id") != run:
-            self._run = None
-        if self._run is None or answer.get("node_errors"):
+        self._queued = True
+        answer = as_object(self._ask("/prompt", {"prompt": nodes, "client_id": self.client}))
+        run = answer.get("prompt_id")
+        self._queued = isinstance(run, str)
+        if not isinstance(run, str) or answer.get("node_errors"):
             raise self._error(f"the server rejected the workflow: {_refusal(answer, nodes)}")
         entry = self._wait(run)
-        self._run = None
+        self._queued = False
         status = as_object(entry.get("status"))
         if status.get("status_str", "success") != "success":
             raise self._error(_failure(as_list(status.get("messages")), nodes))
@@ -137,16 +137,18 @@ class Server:
 
     def cancel(self) -> None:
         """Cancel the last run if it is still waiting or running. Runs of others stay."""
-        run, self._run = self._run, None
-        if run is None:
+        if not self._queued:
             return
+        self._queued = False
         self.patience_seconds = min(CANCEL_SECONDS, self.patience_seconds)
         deadline = time.monotonic() + ARRIVAL_SECONDS
         with suppress(CalibrationError):  # the server is gone, and the run with it
-            while not self._is_queued(run) and time.monotonic() < deadline:
+            while not any(self._ours()) and time.monotonic() < deadline:
                 time.sleep(SOON_SECONDS)
-            self._ask("/queue", {"delete": [run]})
-            self._ask("/interrupt", {"prompt_id": run})
+            if waiting := self._ours()[1]:
+                self._ask("/queue", {"delete": waiting})
+            for run in self._ours()[0]:  # only these: older servers interrupt whatever runs
+                self._ask("/interrupt", {"prompt_id": run})
 
     def fetch(self, file: Mapping[str, str], path: Path) -> None:
         """Download a file from the server's folders.
@@ -168,12 +170,12 @@ class Server:
         start = heard = time.monotonic()
         while True:
             try:
-                queued = self._is_queued(run)
-                entry = as_object(self._ask(f"/history/{run}")).get(run)  # after the queue: a run moves from there
+                queued = any(run in runs for runs in self._ours())
+                entry = as_object(self._ask(f"/history/{quoted(run)}")).get(run)  # after the queue: a run moves from there
                 if entry:
                     return as_object(entry)
                 if not queued:
-                    self._run = None
+                    self._queued = False
                     hint = "was the server restarted, or its queue cleared?"
                     raise self._error("the run is no longer in the server's queue", hint)
                 heard = time.monotonic()
@@ -185,11 +187,17 @@ class Server:
                     ) from None
             time.sleep(min(max((time.monotonic() - start) / 10, SOON_SECONDS), LATER_SECONDS))
 
-    def _is_queued(self, run: str) -> bool:
-        """Whether a run is running or waiting."""
+    def _ours(self) -> list[list[str]]:
+        """Ids of the runs of this client: those that are running, and those that are waiting."""
         queue = as_object(self._ask("/queue"))
-        items = (item for part in ("queue_running", "queue_pending") for item in as_list(queue.get(part)))
-        return any(as_list(item)[1:2] == [run] for item in items)  # number, id, workflow, ...
+        return [
+            [
+                item[1]
+                for item in map(as_list, as_list(queue.get(part)))  # number, id, workflow, further data, outputs
+                if len(item) > 3 and as_object(item[3]).get("client_id") == self.client
+            ]
+            for part in ("queue_running", "queue_pending")
+        ]
 
     def _error(self, problem: str, hint: str | None = None) -> CalibrationError:
         return CalibrationError(problem, path=self.address, hint=hint)
