@@ -171,7 +171,7 @@ class Server:
         while True:
             try:
                 queued = any(run in runs for runs in self._ours())
-                entry = as_object(self._ask(f"/history/{quoted(run)}")).get(run)  # after the queue: a run moves from there
+                entry = as_object(self._ask(f"/history/{quoted(run)}")).get(run)  # last: a run moves there
                 if entry:
                     return as_object(entry)
                 if not queued:
