@@ -150,6 +150,7 @@ class Session:
     ) -> None:
         group = torch.distributed
         self.rank, self.processes = (group.get_rank(), group.get_world_size()) if distributed else (0, 1)
+        self._gather: Callable[[Any], list[Any]] = gather if distributed else lambda own: [own]
         self.output = None if output is None else Path(output)
         self.partials: list[Path] = []
         self.partial: Path | None = None
@@ -242,7 +243,7 @@ class Session:
             if self.partial is not None and (is_last or time.monotonic() - saved >= self.save_every_seconds):
                 self._save(self.partial, seen)
                 saved = time.monotonic()
-        seen = reduce(Observed.plus, gather(seen))
+        seen = reduce(Observed.plus, self._gather(seen))
         return Observation(seen.statistics.with_facts(**seen.facts()))
 
     def finish(
@@ -258,7 +259,7 @@ class Session:
             tensors, entries = ({}, {}) if trials is None else trials.entries()
             state = {METADATA_KEY: json.dumps({"options": self.options})}
             statistics.save(self.output, {**entries, **(further or {}), **state}, tensors)
-        gather(None)  # waits for the output before the partial files go
+        self._gather(None)  # waits for the output before the partial files go
         self.discard()
 
     def discard(self) -> None:

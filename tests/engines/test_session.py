@@ -98,6 +98,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(model, whole, tmp_path, stop_at)
     assert Statistics.load(output) == whole.statistics
 
 
+def test_a_session_of_one_process_waits_for_no_other(model, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "gather", lambda _: pytest.fail("a process of torchrun may run it alone"))
+    session = Session(tmp_path / "stats.safetensors")
+    seen = go(session, model)
+    session.finish(seen.statistics)
+    assert Statistics.load(tmp_path / "stats.safetensors") == whole.statistics
+
+
 def test_saving_waits_for_its_time(model, tmp_path):
     with pytest.raises(StopError):
         go(Session(tmp_path / "stats.safetensors", save_every_seconds=60), model, stop_at=5)
