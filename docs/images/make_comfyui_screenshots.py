@@ -1,14 +1,14 @@
-"""Makes the images of docs/comfyui.md, and the editor's form of docs/workflows, with ComfyUI's own frontend.
+"""Makes the images of docs/comfyui.md, and docs/workflows in the editor's format, with ComfyUI's own frontend.
 
     COMFYUI_DIR=/path/to/ComfyUI COMFYUI_PYTHON=/its/python python docs/images/make_comfyui_screenshots.py
 
 ComfyUI's Python needs this package and comfyui-frontend-package; this one needs Playwright and an installed Chromium
-(CHROMIUM names it). The server runs on the CPU with a base directory of its own, so that nothing of ComfyUI changes.
-The emoji model, with the activation ranges of a large one, stands in for Flux.1-dev: its files have Flux's names, and
-`tests/comfyui/stand_ins.py` replaces text encoder and VAE. Everything else is real, and every graph has run.
+(CHROMIUM names it). The server runs on the CPU with its own base directory, so that the ComfyUI folder stays unchanged.
+The emoji model, with the activation ranges of a large one, replaces Flux.1-dev: its files have Flux's names, and
+`tests/comfyui/stand_ins.py` replaces the text encoder and the VAE. Everything else is real, and every graph has run.
 
-A workflow in API format is the source. The frontend lays it out as a graph, this script places the nodes and adds
-notes, and the frontend reads the result again: what it would send to the server must be the API file, word for word.
+The source is a workflow in API format. The frontend lays it out as a graph, this script places the nodes and adds
+notes, and the frontend reads the result again: it must send exactly the API file to the server.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TESTS = DOCS.parent / "tests" / "comfyui"
 WORKFLOWS = DOCS / "workflows"
 LARGEST_BYTES = 250_000
 WIDTH = 1500
-"""Of the window, in its own pixels; images have half as many again."""
+"""Width of the window in CSS pixels; images have 1.5 times as many."""
 
 Box = tuple[int, int, int, int]
 """x, y, width, height on the graph."""
@@ -54,9 +54,9 @@ class Drawing:
     """How a workflow is laid out.
 
     Attributes:
-        places: by node.
-        notes: what is written beside the nodes, and where.
-        frames: titles of groups of nodes, and where.
+        places: box of each node.
+        notes: texts beside the nodes, and their boxes.
+        frames: titles of groups of nodes, and their boxes.
     """
 
     places: Mapping[str, Box]
@@ -68,19 +68,19 @@ RECORD_NOTE = """\
 ### Record
 1. Choose your files; *Load Diffusion Model*: the **16-bit** model if you can.
 2. LoRAs go between *Load Diffusion Model* and *Record Activations*.
-3. Press **Run** some times, with prompts as you use them. Each picture adds to the same statistics file.
+3. Press **Run** a few times, with prompts of the kind that you use. Each image adds to the same statistics file.
 """
 CALIBRATE_NOTE = """\
 ### Calibrate
-Choose the **FP8** file of the same model. Press **Run**: a new file appears beside it, its name ends in _calibrated. \
-Press **R** to see it in *Load Diffusion Model*.
+Choose the **FP8** file of the same model. Press **Run** to write a new file next to it, whose name ends in \
+_calibrated. Press **R** to list it in *Load Diffusion Model*.
 """
 REPORT_NOTE = """\
-### Look
-What each layer receives, on the range of FP8: at the file's present scales, and at those that calibration chooses. \
-A page to search and sort lies in ComfyUI's output folder.
+### Report
+The inputs of every layer on the range of FP8, with the file's current scales and with calibrated ones. \
+The same report as a searchable page is in ComfyUI's output folder.
 """
-FILE_NOTE = "\nStatistics come from a file in ComfyUI's output folder. Put in its name."
+FILE_NOTE = "\nSet *statistics_file* to the name of your statistics file in ComfyUI's output folder."
 
 _RECORDING: dict[str, Box] = {
     "1": (0, 0, 320, 82), "2": (0, 140, 320, 130), "3": (0, 330, 320, 58), "8": (0, 450, 320, 106),
@@ -88,7 +88,7 @@ _RECORDING: dict[str, Box] = {
     "9": (740, 0, 300, 262), "10": (740, 330, 300, 46),
     "11": (1090, 0, 320, 310), "12": (1090, 380, 320, 176),
 }  # fmt: skip
-_RECORD_FRAME = ((-20, -80, 1450, 656), "Paint, and record what the layers receive")
+_RECORD_FRAME = ((-20, -80, 1450, 656), "Sample, and record layer inputs")
 
 DRAWINGS: Mapping[str, Drawing] = {
     "flux_record": Drawing(_RECORDING, (((-340, -40, 300, 200), RECORD_NOTE),), (_RECORD_FRAME,)),
@@ -100,7 +100,7 @@ DRAWINGS: Mapping[str, Drawing] = {
     "report": Drawing(
         {"1": (0, 0, 440, 470), "2": (480, 0, 980, 790)},
         (((0, 550, 440, 240), REPORT_NOTE + FILE_NOTE),),
-        (((-20, -80, 1500, 890), "Look"),),
+        (((-20, -80, 1500, 890), "Report"),),
     ),
     "flux_record_and_calibrate": Drawing(
         {**_RECORDING, "13": (1480, 0, 440, 400), "14": (1980, 0, 440, 470), "15": (2460, 0, 980, 790)},
@@ -109,7 +109,7 @@ DRAWINGS: Mapping[str, Drawing] = {
             ((1480, 480, 440, 130), CALIBRATE_NOTE),
             ((1980, 550, 440, 130), REPORT_NOTE),
         ),
-        (_RECORD_FRAME, ((1460, -80, 480, 710), "Calibrate"), ((1960, -80, 1500, 890), "Look")),
+        (_RECORD_FRAME, ((1460, -80, 480, 710), "Calibrate"), ((1960, -80, 1500, 890), "Report")),
     ),
 }
 
@@ -118,7 +118,7 @@ STAND_IN_VALUES: Mapping[str, Mapping[str, Any]] = {
     "9": {"steps": 12, "cfg": 2.0, "seed": 3, "control_after_generate": "fixed"},
     "5": {"text": "grinning cat face with smiling eyes"},
 }
-"""What the emoji model wants instead of what Flux.1-dev wants."""
+"""Values for the emoji model instead of Flux.1-dev's."""
 
 SETTINGS: Mapping[str, Any] = {
     "Comfy.TutorialCompleted": True,
@@ -129,12 +129,12 @@ SETTINGS: Mapping[str, Any] = {
     "Comfy.AppBuilder.VueNodeSwitchDismissed": True,
     "Comfy.NodeBadge.NodeSourceBadgeMode": "None",
 }
-"""No tutorial, no templates, no map over the graph."""
+"""No tutorial, no templates, no minimap."""
 
 
 @contextmanager
 def serving(work: Path) -> Iterator[str]:
-    """ComfyUI with our pack, the stand-ins and their files; gives its address."""
+    """Run ComfyUI with our pack, the stand-ins and their files; yields its address."""
     for folder in ("custom_nodes", "models/diffusion_models", "models/text_encoders", "models/vae", "input", "output"):
         (work / folder).mkdir(parents=True)
     (work / "user" / "default").mkdir(parents=True)
@@ -173,7 +173,7 @@ def serving(work: Path) -> Iterator[str]:
 
 @contextmanager
 def editor(address: str) -> Iterator[Page]:
-    """The frontend in a browser, ready."""
+    """The frontend in a browser, loaded."""
     flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -188,7 +188,7 @@ def editor(address: str) -> Iterator[Page]:
 
 
 def as_graph(page: Page, api: Mapping[str, Any], drawing: Drawing) -> dict[str, Any]:
-    """A workflow in API format as the frontend saves it, laid out."""
+    """A workflow in API format as the frontend would save it, laid out."""
     page.evaluate("api => window.app.loadApiJson(api, 'workflow')", api)
     page.wait_for_timeout(1500)
     graph: dict[str, Any] = page.evaluate("() => window.app.graph.serialize()")
@@ -211,14 +211,14 @@ def as_graph(page: Page, api: Mapping[str, Any], drawing: Drawing) -> dict[str, 
 
 
 def without_empty(value: Any) -> Any:
-    """The same without the keys that say nothing, save links, whose absence is said aloud."""
+    """The same without null values, except for missing links, which the frontend writes as null."""
     if isinstance(value, dict):
         return {k: without_empty(v) for k, v in value.items() if v is not None or k in ("link", "links")}
     return [without_empty(item) for item in value] if isinstance(value, list) else value
 
 
 def missing_nodes(page: Page) -> list[str]:
-    """Types of nodes that the frontend does not know."""
+    """Node types that the frontend does not know."""
     found: list[str] = page.evaluate(
         "() => window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)"
     )
@@ -226,12 +226,12 @@ def missing_nodes(page: Page) -> list[str]:
 
 
 def sent_by(page: Page) -> dict[str, Any]:
-    """What the frontend would send to the server."""
+    """The workflow that the frontend would send to the server."""
     return without_titles(page.evaluate("() => window.app.graphToPrompt()")["output"])
 
 
 def without_titles(api: Mapping[str, Any]) -> dict[str, Any]:
-    """A workflow in API format, what is shown only left out."""
+    """A workflow in API format without titles."""
     return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in api.items()}
 
 
@@ -242,7 +242,7 @@ def show(page: Page, graph: Mapping[str, Any], name: str = "workflow") -> None:
 
 
 def run(page: Page, address: str, values: Mapping[str, Mapping[str, Any]] = STAND_IN_VALUES) -> None:
-    """Put values into widgets, press Run, and wait until the server is done."""
+    """Set widgets, press Run, and wait until the server is done."""
     page.evaluate(
         """values => {
            for (const [id, named] of Object.entries(values))
@@ -263,14 +263,14 @@ def run(page: Page, address: str, values: Mapping[str, Mapping[str, Any]] = STAN
 
 
 def history(address: str) -> dict[str, Any]:
-    """What has run."""
+    """The server's finished runs."""
     with urllib.request.urlopen(f"{address}/history", timeout=60) as answer:
         found: dict[str, Any] = json.load(answer)
     return found
 
 
-def picture(page: Page, name: str, box: Box) -> None:
-    """Save what is in a box of the graph, in a window as high as it needs."""
+def screenshot(page: Page, name: str, box: Box) -> None:
+    """Save an image of a box of the graph, in a window of the necessary height."""
     left, top, right, bottom = 75, 95, 20, 65  # room for the window's bars
     scale = (WIDTH - left - right) / box[2]
     page.set_viewport_size({"width": WIDTH, "height": round(box[3] * scale) + top + bottom})
@@ -283,7 +283,7 @@ def picture(page: Page, name: str, box: Box) -> None:
            window.app.canvas.setDirty(true, true) }""",
         [box[0], box[1], scale, left, top],
     )
-    page.wait_for_timeout(7000)  # what pops up when a run is done leaves again
+    page.wait_for_timeout(7000)  # until notifications disappear
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     smaller = (image, *(image.quantize(colors, kmeans=3, dither=Image.Dither.NONE) for colors in (256, 128)))
     files = []
@@ -294,16 +294,16 @@ def picture(page: Page, name: str, box: Box) -> None:
     (DOCS / "images" / f"comfyui_{name}.png").write_bytes(next(file for file in files if len(file) <= LARGEST_BYTES))
 
 
-PICTURES: Mapping[str, tuple[str, Box]] = {
+SCREENSHOTS: Mapping[str, tuple[str, Box]] = {
     "record": ("flux_record", (-360, -100, 1810, 700)),
     "calibrate": ("calibrate", (-360, -100, 900, 470)),
     "report": ("report", (-40, -100, 1540, 920)),
 }
-"""Which workflow is shown, and what of it. Each runs on what those before it wrote."""
+"""Image -> its workflow, and a box. Each workflow runs on the files of those before it."""
 
 
 def main() -> None:
-    """Make everything."""
+    """Write all images and workflows."""
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as address:
         graphs = {}
         with editor(address) as page:
@@ -315,11 +315,11 @@ def main() -> None:
                     raise SystemExit(f"{name}: misses {missing_nodes(page)}, would send {json.dumps(sent_by(page))}")
                 text = json.dumps(graphs[name], indent=1) + "\n"
                 (WORKFLOWS / f"{name}.json").write_text(text, encoding="utf-8")
-        for name, (workflow, box) in PICTURES.items():
+        for name, (workflow, box) in SCREENSHOTS.items():
             with editor(address) as page:
                 show(page, graphs[workflow], workflow)
                 run(page, address)
-                picture(page, name, box)
+                screenshot(page, name, box)
 
 
 if __name__ == "__main__":
