@@ -228,7 +228,7 @@ def large(tool: str, fmt: str, args: argparse.Namespace) -> tuple[str, ...]:
         weight_OI = torch.randn(rows, columns, device=args.device, generator=generator) / 50
         place = torch.arange(columns, device=args.device)
         form = 0.5 ** (place - place.unsqueeze(1)).abs()
-        before, start = peak_bytes(args.device, anew=True), clock(args.device)
+        before, start = peak_bytes(args.device, reset=True), clock(args.device)
         if attempted(tool, weight_OI, form, fmt) is not None:
             seconds = clock(args.device) - start
             figures = [f"{seconds:.2f}", f"{(peak_bytes(args.device) - before) / 1e9:.2f}"]
@@ -243,13 +243,13 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def peak_bytes(device: str, *, anew: bool = False) -> int:
-    """Peak memory of this process on the device; `anew` resets it."""
+def peak_bytes(device: str, *, reset: bool = False) -> int:
+    """Peak memory of this process on the device; `reset` resets it."""
     if device != "cpu":
-        if anew:
+        if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    if anew:
+    if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 

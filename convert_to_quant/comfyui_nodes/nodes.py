@@ -613,7 +613,7 @@ def write_quantized(
         Notes about the input scales.
     """
     static = [each for each in plan.decisions if each.format is not None and each.format.static]
-    told: list[str] = []
+    notes: list[str] = []
 
     def calibrate(writer: CheckpointWriter) -> None:
         assert solved is not None
@@ -621,12 +621,12 @@ def write_quantized(
         calibration, patch = calibrate_written(
             writer, checkpoint.path, lambda made: apply_statistics(made, statistics, options, force=partial)
         )
-        told.extend([*summary(calibration), *patch.notes])
+        notes.extend([*summary(calibration), *patch.notes])
 
     if solved is not None and not static:
-        told.append("statistics were not used: every layer scales its inputs dynamically")
+        notes.append("statistics were not used: every layer scales its inputs dynamically")
     if solved is None and any(each.input_scale is None for each in static):
-        told.append("input scales are not set: connect stats, or run Calibrate FP8 Checkpoint on the new file")
+        notes.append("input scales are not set: connect stats, or run Calibrate FP8 Checkpoint on the new file")
     total = sum(info.nbytes for info in checkpoint.tensors.values())
     calibrating = calibrate if solved is not None and static else None
     device = _device()
@@ -634,7 +634,7 @@ def write_quantized(
         checkpoint, plan, output, device=device if device.startswith("cuda") else "cpu",
         progress=advance(progress, total), before_commit=calibrating,
     )  # fmt: skip
-    return told
+    return notes
 
 
 def _device() -> str:

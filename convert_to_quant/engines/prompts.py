@@ -83,7 +83,7 @@ class Prompts:
         """
         known = denoiser.signals(geometry)
         spellings = {name: name for name in known}
-        spellings |= {said: name for said, names in PIPELINE_NAMES.items() for name in names if name in known}
+        spellings |= {alias: name for alias, names in PIPELINE_NAMES.items() for name in names if name in known}
         named: dict[str, Tensor] = {}
         negative: dict[str, Tensor] = {}
         for name, value in self.tensors.items():

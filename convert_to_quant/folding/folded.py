@@ -130,7 +130,7 @@ def fold_checkpoint(checkpoint: Checkpoint, groups: Sequence[Group]) -> Folded:
 
 def written(groups: Sequence[Group]) -> str:
     """Groups as a header entry."""
-    said = [
+    entry = [
         {
             **{kind: [astuple(place) for place in getattr(group, kind)] for kind in PLACES},
             "head": group.head,
@@ -139,7 +139,7 @@ def written(groups: Sequence[Group]) -> str:
         }
         for group in groups
     ]
-    return json.dumps({"format_version": VERSION, "groups": said})
+    return json.dumps({"format_version": VERSION, "groups": entry})
 
 
 def read_groups(checkpoint: Checkpoint) -> list[Group]:
@@ -152,18 +152,18 @@ def read_groups(checkpoint: Checkpoint) -> list[Group]:
     def damaged(problem: str) -> CheckpointError:
         return CheckpointError(f"its header entry for folding is {problem}", path=checkpoint.path)
 
-    said: Any = parse_json(checkpoint.metadata.get(names.FOLDING_KEY, '{"groups": []}'), damaged)
+    entry: Any = parse_json(checkpoint.metadata.get(names.FOLDING_KEY, '{"groups": []}'), damaged)
     try:
-        return [_read_group(group) for group in said["groups"]]
+        return [_read_group(group) for group in entry["groups"]]
     except (KeyError, TypeError, ValueError, AttributeError, zlib.error, binascii.Error):
         raise damaged("damaged") from None
 
 
-def _read_group(said: Any) -> Group:
-    unpacked = zlib.decompressobj().decompress(base64.b64decode(said["exponents"]), MOST_CHANNELS)
+def _read_group(entry: Any) -> Group:
+    unpacked = zlib.decompressobj().decompress(base64.b64decode(entry["exponents"]), MOST_CHANNELS)
     exponents = np.frombuffer(unpacked, np.int8)
-    places = {key: [_read_place(place) for place in said[key]] for key in PLACES}
-    head, repeat = said["head"], said["repeat"]
+    places = {key: [_read_place(place) for place in entry[key]] for key in PLACES}
+    head, repeat = entry["head"], entry["repeat"]
     if not (is_count(head) and is_count(repeat) and len(exponents) * repeat <= MOST_CHANNELS):
         raise TypeError
     group = Group(**places, head=head, repeat=repeat, exponents=exponents)
@@ -171,8 +171,8 @@ def _read_group(said: Any) -> Group:
     return group
 
 
-def _read_place(said: Any) -> Place:
-    tensor, *numbers = said
+def _read_place(entry: Any) -> Place:
+    tensor, *numbers = entry
     if not isinstance(tensor, str) or not all(is_count(number) for number in numbers):
         raise TypeError
     return Place(tensor, *numbers)

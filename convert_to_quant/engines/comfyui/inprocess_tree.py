@@ -140,7 +140,7 @@ def _import(folder: Path, kind: str) -> None:
         importlib.import_module("comfy.sd")
     except Exception as error:  # any of its many dependencies may raise anything
         raise CalibrationError(
-            f"ComfyUI cannot be imported: {_said(error)}",
+            f"ComfyUI cannot be imported: {_summary(error)}",
             path=folder,
             hint="use ComfyUI's Python, or install its requirements.txt",
         ) from error
@@ -171,14 +171,14 @@ def understood(doing: str, path: StrPath, family: str | None = None) -> Iterator
         what = f"{family} model" if family else "model"
         if type(error).__name__ in OUT_OF_MEMORY:
             raise CalibrationError(
-                f"ComfyUI cannot {doing} this {what}, out of memory: {_said(error)}",
+                f"ComfyUI cannot {doing} this {what}, out of memory: {_summary(error)}",
                 path=path,
                 hint="try a smaller --height and --width, or fewer --frames",
             ) from error
-        raise UnsupportedModelError(f"ComfyUI cannot {doing} this {what}: {_said(error)}", path=path) from error
+        raise UnsupportedModelError(f"ComfyUI cannot {doing} this {what}: {_summary(error)}", path=path) from error
 
 
-def _said(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     """An error's type, the first line of its message, and its place: the last one in ComfyUI, or else the last one."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     frames = traceback.extract_tb(error.__traceback__)

@@ -266,16 +266,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def _refusal(answer: Mapping[str, Any], nodes: Nodes) -> str:
     """Why the server rejected a workflow: node, input and reason."""
-    told = []
+    reasons = []
     for name, found in as_object(answer.get("node_errors")).items():
         for error in map(as_object, as_list(as_object(found).get("errors"))):
             what = [shown(error[key]) for key in ("message", "details") if error.get(key)]
-            told.append(": ".join([title(nodes, name), *what]))
+            reasons.append(": ".join([title(nodes, name), *what]))
     general = as_object(answer.get("error"))
-    if not told:
-        told = [": ".join(shown(general[key]) for key in ("message", "details") if general.get(key))]
-    more = f"; and {len(told) - _MOST_ERRORS} more" if len(told) > _MOST_ERRORS else ""
-    return ("; ".join(told[:_MOST_ERRORS]) or "no reason given") + more
+    if not reasons:
+        reasons = [": ".join(shown(general[key]) for key in ("message", "details") if general.get(key))]
+    more = f"; and {len(reasons) - _MOST_ERRORS} more" if len(reasons) > _MOST_ERRORS else ""
+    return ("; ".join(reasons[:_MOST_ERRORS]) or "no reason given") + more
 
 
 def _failure(messages: list[Any], nodes: Nodes) -> str:
