@@ -92,7 +92,7 @@ def main() -> None:
         wanted = found if wanted is None else wanted
         kept[name] = kept_db(wanted, found)
     taken = milliseconds(calls, args.rounds, 1, args.device)
-    print(", ".join(f"{what} {said}" for what, said in machine.items()) + f"; {args.blocks} blocks\n")
+    print(", ".join(f"{name} {value}" for name, value in machine.items()) + f"; {args.blocks} blocks\n")
     rows = (
         (name, f"{ms:.1f}", f"{ms * DEPTH / args.blocks[0]:.0f}", f"{ms / taken[BF16]:.2f}", f"{kept[name]:.1f}")
         for name, ms in taken.items()

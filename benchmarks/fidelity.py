@@ -143,10 +143,10 @@ def load_observers(paths: list[Path]) -> dict[str, Any]:
     """Scales of other tools: method key -> variant -> layer -> scale."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
-        told = json.loads(path.read_text())
-        for variant, methods in told["variants"].items():
+        file = json.loads(path.read_text())
+        for variant, methods in file["variants"].items():
             for method, scales in methods.items():
-                found.setdefault(f"{told['tool'].removeprefix('nvidia-')}_{method}", {})[variant] = scales
+                found.setdefault(f"{file['tool'].removeprefix('nvidia-')}_{method}", {})[variant] = scales
     return found
 
 
@@ -185,8 +185,8 @@ def verdict(result: Mapping[str, Any]) -> tuple[str, bool]:
         for variant, found in result["variants"].items()
         if OURS in found and DYNAMIC in found
     }
-    said = ", ".join(f"{variant} {gap:+.2f}" for variant, gap in gaps.items())
-    return f"The default minus dynamic per tensor, in dB: {said}.", all(gap >= -TOLERANCE_DB for gap in gaps.values())
+    text = ", ".join(f"{variant} {gap:+.2f}" for variant, gap in gaps.items())
+    return f"The default minus dynamic per tensor, in dB: {text}.", all(gap >= -TOLERANCE_DB for gap in gaps.values())
 
 
 def write_between_markers(path: Path | None, name: str, text: str) -> None:
@@ -275,9 +275,9 @@ def main() -> int:
     observers = load_observers(args.observers)
     result = result_of(args, "variants", measure, args.variants, args.device, observers, args.methods, args.prompts)
     write_between_markers(args.write, "fidelity", report(result))
-    said, holds = verdict(result)
+    text, holds = verdict(result)
     print(table(result))
-    print(said, "Within the limit." if holds else f"MORE THAN {TOLERANCE_DB} dB BELOW.")
+    print(text, "Within the limit." if holds else f"MORE THAN {TOLERANCE_DB} dB BELOW.")
     return 0 if holds else 1
 
 

@@ -140,19 +140,19 @@ def whole_output(
 
 def shortfalls(result: Mapping[str, Any]) -> list[str]:
     """Where ours is not best, or the limit on lost tokens does not restore quality."""
-    found = []
-    for variant, told in result["variants"].items():
-        ours = told["curves"]["ours"]
-        for name, points in told["curves"].items():
+    missed = []
+    for variant, found in result["variants"].items():
+        ours = found["curves"]["ours"]
+        for name, points in found["curves"].items():
             for budget, mine, other in zip(BUDGETS, ours, points, strict=True):
                 if mine["sqnr_db"] < other["sqnr_db"] - TOLERANCE_DB:
                     gap = mine["sqnr_db"] - other["sqnr_db"]
-                    found.append(f"{variant}: at a budget of {budget:.0%} {ORDERS[name]} is better by {-gap:.2f} dB")
+                    missed.append(f"{variant}: at a budget of {budget:.0%} {ORDERS[name]} is better by {-gap:.2f} dB")
     if emoji.OUTLIER_TOKENS in result["variants"]:
         restored = result["variants"][emoji.OUTLIER_TOKENS]["row_loss_limit"]["sqnr_db"]
         if restored < RESTORED_DB:
-            found.append(f"{emoji.OUTLIER_TOKENS}: the limit on lost tokens gives {restored:.1f} dB")
-    return found
+            missed.append(f"{emoji.OUTLIER_TOKENS}: the limit on lost tokens gives {restored:.1f} dB")
+    return missed
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -191,13 +191,13 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         "whole_output": {"color": "#1a7f37", "linewidth": 1.4, "linestyle": "-."},
     }
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.2), layout="constrained", sharex=True)
-    for axis, (variant, told) in zip(axes.flat, result["variants"].items(), strict=False):
+    for axis, (variant, found) in zip(axes.flat, result["variants"].items(), strict=False):
         for name, title in ORDERS.items():
-            points = told["curves"][name]
+            points = found["curves"][name]
             shares = [100 * budget for budget in BUDGETS]
             axis.plot(shares, [point["sqnr_db"] for point in points], label=title, **styles[name])
-        axis.axhline(told["all"]["sqnr_db"], color="#d0d7de", linewidth=1, zorder=0)
-        star = told["default"]
+        axis.axhline(found["all"]["sqnr_db"], color="#d0d7de", linewidth=1, zorder=0)
+        star = found["default"]
         axis.plot(
             [100 * star["share"]], [star["sqnr_db"]], "*", color="black", markersize=11, zorder=6, label="default"
         )
