@@ -34,6 +34,15 @@ MAIN = blocks("tower")
         pytest.param(blocks("tower", all=(7 * 64, 64), back=(64, 5 * 64)), {}, id="attention and MLP in one"),
         pytest.param(blocks("tower", qkv=(9 * 40, 64), back=(64, 3 * 40)), {}, id="attention of another width"),
         pytest.param(blocks("tower", choice=(2, 64)), {f"tower.{n}.choice": ROUTER for n in range(4)}, id="a router"),
+        pytest.param(blocks("tower", pick=(16, 64), **{f"experts_in_{n}_in_up": (64, 64) for n in range(16)}),
+                     {f"tower.{n}.pick": ROUTER for n in range(4)}, id="a router with an output per expert"),
+        pytest.param(blocks("tower", cond_in_0=(64, 64), cond_in_2=(6 * 64, 64)),
+                     {f"tower.{n}.cond.{layer}": MODULATION for n in range(4) for layer in (0, 2)},
+                     id="a modulation of two layers"),
+        pytest.param(blocks("tower", vec=(4 * 64, 40)), {f"tower.{n}.vec": MODULATION for n in range(4)},
+                     id="a modulation as wide as the MLP, from a vector"),
+        pytest.param(blocks("tower", to_out_in_1=(64, 64), ff_in_1=(4 * 64, 64), ff_in_4=(64, 4 * 64)), {},
+                     id="layers behind a dropout or a norm"),
         pytest.param(blocks("tower", relative_attention_bias=(32, 64)),
                      {f"tower.{n}.relative_attention_bias": EMBEDDING for n in range(4)}, id="an embedding in a block"),
         pytest.param(blocks("bridge.tower", 1), dict.fromkeys((f"bridge.tower.0.{name}" for name in BLOCK), ADAPTER),
@@ -77,6 +86,11 @@ def test_levels_of_a_u_net_are_no_blocks_but_the_transformers_in_them_are() -> N
     found = study({**level, **inner})
     assert [stack.name for stack in found.main] == ["level.#.#.tower"]
     assert set(found.kept) == {name.removesuffix(".weight") for name in level}
+
+
+def test_levels_called_encoder_and_decoder_are_one_network() -> None:
+    found = study({**blocks("encoder_levels.0.tower", 2), **blocks("decoder_levels.0.tower", 4)})
+    assert [stack.kept for stack in found.stacks] == ["", ""]
 
 
 def test_what_the_last_block_lacks_does_not_make_its_other_layers_modulations() -> None:

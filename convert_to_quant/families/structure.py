@@ -9,12 +9,13 @@ Every layer name is split at its numbers. A *stack* is the part before a number 
 more layers, numbered from 0, or by any groups if it is called a block or a layer. `t_block.1` is none (the number ends
 the name), nor is `caption_projection.7.linear`. Of nested stacks the outer one counts, unless the inner one has more
 than twice its layers (as in U-Nets, whose levels are numbered too). The *main* stacks are the heaviest one, those in
-the same module, and those with the same children and no less weight. In a block
+the same module, and those with the same children that are numbered too or have enough weight. In a block
 
     stream       widths that are both inputs and outputs of layers, and more than half as frequent as the most frequent
-    modulation   k × stream outputs that no layer of the block reads, for k ≥ 4, or for k ≥ 2 from a narrow vector;
-                 layers inside a norm or alone in a Sequential; and layers with such a name
-    router       fewer than a sixteenth as many outputs as inputs
+    modulation   k × stream outputs, for k ≥ 4, or for k ≥ 2 from a narrow vector, that no layer of the block reads,
+                 or with inputs that no layer of the block writes, for k ≥ 4; layers inside a norm or alone in a
+                 Sequential; layers with such a name; and the rest of a Sequential that contains one of these
+    router       fewer than a sixteenth as many outputs as inputs, or one output per expert
 
 Also kept: stacks in another module than the main ones (an adapter between text encoder and model), stacks with less
 than `SMALL` of the main one's weights (refiners), embeddings, and everything outside of blocks. If that leaves nothing
@@ -228,6 +229,8 @@ def _beside(stack: Stack, stacks: list[Stack]) -> str:
         return ""
     small = stack.weights < SMALL * largest.weights
     alike = 2 * len(stack.children & largest.children) > len(stack.children | largest.children)
+    if alike and "#" in stack.name and "#" in largest.name:
+        return ""  # levels of one network
     if said(stack):
         return said(stack)
     if stack.module != largest.module and (small or not alike):
@@ -243,6 +246,9 @@ def _roles(
     uses = Counter(side for shape in block.values() for side in shape)
     most = max((uses[width] for width in taken & given), default=0)
     stream = {width for width in taken & given if 2 * uses[width] > most}
+    numbered = {(before, number) for name in block for before, number, _ in _split(name)}
+    experts = set(Counter(before for before, _ in numbered if before.endswith("experts")).values())
+    sequentials = set()
     for name, (rows, columns) in block.items():
         parts = home[name].layers[name].split(".")
         product = any(map(_PRODUCT.fullmatch, parts))
@@ -251,9 +257,12 @@ def _roles(
         elif any(map(_TIME.fullmatch, parts)):
             yield name, VECTOR
         elif _sounds_modulating(name, layers) or (not product and _modulates((rows, columns), stream, taken, given)):
+            parent, _, last = name.rpartition(".")
+            sequentials.update([parent] if last.isdecimal() else [])
             yield name, MODULATION
-        elif not _KEYS.fullmatch(parts[-1]) and 0 < rows * FEW < columns:
+        elif not _KEYS.fullmatch(parts[-1]) and (0 < rows * FEW < columns or (rows in experts and rows < columns)):
             yield name, ROUTER
+    yield from ((name, MODULATION) for name in block if name.rpartition(".")[0] in sequentials)
 
 
 def _sounds_modulating(name: str, layers: Collection[str]) -> bool:
@@ -261,6 +270,7 @@ def _sounds_modulating(name: str, layers: Collection[str]) -> bool:
     parent, _, last = name.rpartition(".")
     module = parent.rpartition(".")[2]
     alone = last == "1" and not any(f"{parent}.{number}" in layers for number in ("0", "2", "3"))
+    alone = alone and not module.startswith(("to_out", "ff"))  # behind a dropout or a norm
     in_norm = _NORM.fullmatch(module) and last.startswith("lin")
     return bool(alone or in_norm or _MODULATION.fullmatch(last) or _MODULATION.fullmatch(module))
 
@@ -271,12 +281,14 @@ def _modulates(shape: tuple[int, int], stream: set[int], taken: set[int], given:
     `stream` are the widths of the block's streams; `taken` and `given`, the input and output widths of its layers.
     """
     rows, columns = shape
+    foreign = columns not in stream | given
     joined = taken - given  # outputs of attention, or of attention and an MLP side by side
 
     def modulates(width: int) -> bool:
         read = {rows, rows / 2} & taken - {width}  # whole, or one half gating the other
         read |= {rows / 3, rows + width, rows / 2 + width, rows - 2 * width, (rows - width) / 2} & joined
         times = rows / width
-        return times.is_integer() and not read and (times >= 4 or (times >= 2 and columns * NARROW <= width))
+        narrow = columns * NARROW <= width
+        return times.is_integer() and ((not read and times >= (2 if narrow else 4)) or (foreign and times >= 4))
 
     return any(map(modulates, stream))
