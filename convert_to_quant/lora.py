@@ -273,8 +273,7 @@ class LoraMatch:
         """One line for the user, e.g. "304 adapters on 152 layers, 2 unmatched"."""
         adapters = sum(len(deltas) for deltas in self.matched.values())
         beside = f", {len(self.beside)} biases and norms" if self.beside else ""
-        rest = "".join(f", {len(found)} {kind}" for kind, found in self.left_over().items() if found)
-        rest = rest.replace("text_encoder", "for text encoders")
+        rest = "".join(f", {len(found)} {_title(kind)}" for kind, found in self.left_over().items() if found)
         return f"{plural(adapters, 'adapter')} on {plural(len(self.matched), 'layer')}{beside}{rest}"
 
     def as_json(self) -> dict[str, Any]:
@@ -299,15 +298,15 @@ class LoraMatch:
         """Lines for the user: the summary, then what is not applied, by reason, with its count and first names."""
         lines = [f"LoRA: {self.summary()}"]
         for kind, found in self.left_over().items():
-            for reason, count in _reasons(found).items():
+            for reason, count in Counter(finding.reason for finding in found).items():
                 names = [finding.name for finding in found if finding.reason == reason][:3]
                 more = f" and {count - 3} more" if count > 3 else ""
                 lines.append(f"LoRA {kind.replace('_', ' ')}: {', '.join(names)}{more} ({reason})")
         return lines
 
 
-def _reasons(findings: Iterable[Finding]) -> Counter[str]:
-    return Counter(finding.reason for finding in findings)
+def _title(kind: str) -> str:
+    return "for text encoders" if kind == "text_encoder" else kind
 
 
 def merge_rows(match: LoraMatch, layer: str, weight_OI: Float32, rows: tuple[int, int] | None = None) -> Float32:
@@ -575,14 +574,15 @@ def match_loras(
     bare = {name: unwrap(name[len(prefix) :]) for name in sizes if name.startswith(prefix)}
     named = LoraNames({}, {squeezed(name): (Target(tensor),) for tensor, name in bare.items()})
     for lora in loras:
-        _match_beside(lora, meant, named, sizes, match)
         _match_adapters(lora, meant, match)
+        _match_beside(lora, meant, named, sizes, match)
         if lora not in match.loras:
-            left = [finding for finding in match.left if finding.file == str(lora.path)]
-            reasons = ", ".join(f"{reason} ({count})" for reason, count in _reasons(left).most_common(3))
-            example = f"; its layers have names like {next(iter(layers))}" if layers else ""
+            own = [[each for each in found if each.file == str(lora.path)] for found in match.left_over().values()]
+            own.sort(key=len, reverse=True)
+            reasons = ", ".join(f"{len(found)} {_title(found[0].kind)} ({found[0].reason})" for found in own if found)
+            example = f"; the checkpoint's layers have names like {next(iter(layers))}" if layers else ""
             problem = f"nothing in this LoRA can be applied: {reasons}{example}"
-            raise LoraError(problem, path=lora.path, tensor=left[0].name, hint="was it made for this model?")
+            raise LoraError(problem, path=lora.path, tensor=own[0][0].name, hint="was it made for this model?")
     return match
 
 

@@ -357,7 +357,7 @@ def test_shapes_that_do_not_fit_are_left_out_or_refused_where_nothing_else_does(
     with pytest.raises(LoraError) as caught:
         match_of(path, layers)
     assert str(caught.value).startswith(
-        f"{path}: {name}: nothing in this LoRA can be applied: its change is {message} (1); its layers have names like "
+        f"{path}: {name}: nothing in this LoRA can be applied: 1 unsupported (its change is {message}); the "
     )
     match = match_of(write({**tensors, **pair("blocks.1.self_attn.q", H, H)}), layers)
     assert list(match.matched) == ["blocks.1.self_attn.q"]
@@ -420,8 +420,8 @@ def test_of_a_widened_layer_the_bias_is_left_out_with_the_rest(write: Write) -> 
     match = match_loras([load_lora(write(tensors))], layers, others=biases)
     assert (list(match.matched), list(match.beside)) == ([LINEAR1], [f"{LINEAR1}.bias"])
     assert [(found.name, found.reason) for found in match.left] == [
-        ("img_in", "bias difference of a layer that is left out"),
         ("img_in", "its change is [8, 16] and would widen img_in, which is [8, 8]"),
+        ("img_in", "bias difference of a layer that is left out"),
     ]
 
 
@@ -435,15 +435,18 @@ def test_a_file_that_matches_nothing_is_refused_with_all_reasons_also_behind_ano
         **pair("nowhere", H, H),
         "blocks.1.self_attn.q.oft_blocks": np.ones((H, R), np.float32),
         **pair("lora_te_x", H, H),
+        **pair("blocks.1.self_attn.o", H, H - 1),
+        "blocks.1.self_attn.o.diff_b": np.ones(H, np.float32),
         "strange": np.ones(2, np.float32),
     }
     path = write(tensors)
     with pytest.raises(LoraError) as caught:
         match_loras([load_lora(write(FFN, "good.safetensors")), load_lora(path)], WAN)
     assert str(caught.value) == (
-        f"{path}: nowhere: nothing in this LoRA can be applied: no linear layer of the checkpoint has this name (1), "
-        "OFT is not supported (1), no known kind of adapter tensor (1); its layers have names like "
-        "blocks.1.self_attn.q (was it made for this model?)"
+        f"{path}: blocks.1.self_attn.o: nothing in this LoRA can be applied: 3 unsupported (its change is [8, 7], but "
+        "blocks.1.self_attn.o is [8, 8]), 2 unmatched (no linear layer of the checkpoint has this name), 1 for text "
+        "encoders (belongs to a text encoder); the checkpoint's layers have names like blocks.1.self_attn.q "
+        "(was it made for this model?)"
     )
 
 

@@ -196,9 +196,9 @@ def test_adapters_that_do_not_fit_are_refused_before_converting(refused, flux_fi
     monkeypatch.setattr(conversion, "convert", None)
     lora(save, "diffusion_model.double_blocks.0.img_mlp.0")
     message = (
-        "lora.safetensors: diffusion_model.double_blocks.0.img_mlp.0: nothing in this LoRA can be applied: its change "
-        "is [16, 32], but double_blocks.0.img_mlp.0 is [128, 32] (1); its layers have names like img_in (was it made "
-        "for this model?)"
+        "lora.safetensors: diffusion_model.double_blocks.0.img_mlp.0: nothing in this LoRA can be applied: 1 "
+        "unsupported (its change is [16, 32], but double_blocks.0.img_mlp.0 is [128, 32]); the checkpoint's layers "
+        "have names like img_in (was it made for this model?)"
     )
     refused(message, "-i", flux_file, "-o", "out.safetensors", *LAYER, "--actcal-lora", "lora.safetensors")
 
