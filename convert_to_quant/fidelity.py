@@ -286,7 +286,7 @@ def scenes_fidelity(
         CalibrationError: a layer's output, a velocity or the final latents are not finite.
     """
     counts = [len(scene.latents) for scene in scenes]
-    prompts, least = sum(counts), min([steps, *counts, *(scene.batch for scene in scenes)])
+    prompts, least = sum(counts), min([steps, len(counts), *counts, *(scene.batch for scene in scenes)])
     if least < 1:
         raise OptionError(f"prompts, steps and batch should be at least 1, found {least}")
     ratios_db = torch.zeros(prompts, steps, dtype=torch.float64)

@@ -183,6 +183,11 @@ def test_options_below_one_are_refused(option, none):
         compare(Line(1), Line(1), **{option: none})
 
 
+def test_no_scenes_are_refused():
+    with pytest.raises(OptionError, match="at least 1, found 0"):
+        fidelity.scenes_fidelity(Line(1), Line(1), [])
+
+
 def turning(value):
     """A model that turns bad at sigma 0.5."""
 
