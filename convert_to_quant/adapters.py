@@ -85,7 +85,7 @@ def stored(checkpoint: Checkpoint, tensor: str) -> Matrix:
     """A tensor of a file as a matrix; a convolution's kernel dimensions become columns.
 
     Raises:
-        LoraError: It is no matrix of finite floats.
+        LoraError: It is not a matrix of finite floats.
     """
     info = checkpoint.tensors[tensor]
     refusal = partial(LoraError, path=checkpoint.path, tensor=tensor)

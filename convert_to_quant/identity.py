@@ -95,7 +95,7 @@ class Identity:
 
     @property
     def key(self) -> str | None:
-        """The `--preset` name of the family, or the kind if it is no diffusion model; None if unknown."""
+        """The `--preset` name of the family, or the kind if it is not a diffusion model; None if unknown."""
         return self.family.name if self.family is not None else None if self.kind == "diffusion" else self.kind
 
     @property

@@ -2,8 +2,8 @@
 
 A quantized linear layer X is a 2-D `X.weight` in codes of a format (`formats`), the format's scales (real = code value
 × scale), and optionally `X.input_scale`, `X.bias` and a quantization config that tells readers to use them (`marks`).
-FP8 weights without scale and config ("raw") mean their code values; norms and convolutions cast like that are no
-layers. Layers in formats that are only recognized (AWQ, SVDQuant) or unknown are "foreign": listed, but left alone.
+FP8 weights without scale and config ("raw") mean their code values; norms and convolutions cast like that are
+not layers. Layers in formats that are only recognized (AWQ, SVDQuant) or unknown are "foreign": listed, but left alone.
 
 The block (b_out, b_in) is the weights that share a scale: (out, in) is tensor-wise, (1, in) row-wise, anything else
 block-wise. It follows from shapes: a scale (n_out, n_in) fits a weight (out, in) if ceil(out / b_out) = n_out and
@@ -37,6 +37,7 @@ from .formats.record import FLOAT_SCALES, TORCH_NAMES, Format, Packed, scale_gri
 from .formats.rotation import LARGEST_GROUP, is_group, rotate
 from .lazy_torch import torch
 from .marks import Config, Marking, Marks, describes, first, full_precision, said_block
+from .telling import plural
 
 PLAIN_DTYPES = frozenset({"BF16", "F16", "F32", "F64"})
 
@@ -302,9 +303,10 @@ class _Finder:
             table.notes.append(FOLDED)
         unmarked = [layer.name for layer in table.quantized.values() if layer.marking == "none"]
         if unmarked:
+            kind = named(table.quantized[name] for name in unmarked)
             table.notes.append(
-                f"{len(unmarked)} {named(table.quantized[name] for name in unmarked)} layers have scales but no "
-                f"quantization config (first: {unmarked[0]}): ComfyUI ignores the scales"
+                f"{plural(len(unmarked), f'{kind} layer')} with scales but without quantization config (first: "
+                f"{unmarked[0]}): ComfyUI ignores the scales"
             )
         return table
 

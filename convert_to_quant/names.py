@@ -105,12 +105,12 @@ UNREAD_PREFIXES = (
 
 
 def check_patterns(flag: str, patterns: Iterable[str]) -> None:
-    """Raises OptionError, naming the flag, for a pattern that is no regular expression."""
+    """Raises OptionError, naming the flag, for an invalid regular expression."""
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise OptionError(f"{flag} {pattern!r} is no regular expression: {error}") from None
+            raise OptionError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
 
 
 def strip_prefix(names: Iterable[str]) -> tuple[str, dict[str, str]]:

@@ -28,7 +28,7 @@ READINGS: Mapping[str, str] = {
     "per-block-static": "matmul in the layer's format, inputs scaled by input_scale and per block of 16",
     "dynamic": "only with the ComfyUI-QuantOps nodes, which scale inputs per token",
     "foreign": "kernels of the layer's format",
-    "packed": "not readable: packed by another program",
+    "packed": "not readable (packed by another program)",
     "cuda-error": "FP8 matmul, which fails on CUDA",
     "error": "an error, or silently wrong results (see problems)",
     "scale-dropped": "scale dropped: the codes are used as weights, which gives noise",

@@ -67,7 +67,9 @@ def test_every_marking_is_found_under_every_prefix_in_both_formats(*, save, buil
 
 def test_scales_without_any_mark_are_noted_because_comfyui_ignores_them(save, build):
     table = table_of(save("a.safetensors", *build.quantized(["x", "y"], "none")))
-    assert table.notes == ["2 FP8 layers have scales but no quantization config (first: x): ComfyUI ignores the scales"]
+    assert table.notes == [
+        "2 FP8 layers with scales but without quantization config (first: x): ComfyUI ignores the scales"
+    ]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

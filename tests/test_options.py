@@ -70,7 +70,7 @@ def test_help_shows_defaults():
         (Made, {"kind": "even"}, "unknown kind 'even' (kinds: plain, odd)"),
         (Made, {"margin": 0.5}, "a margin should be at least 1, found 0.5 (below 1 clips observed values)"),
         (Made, {"margin": float("inf")}, "a margin should be at least 1, found inf (below 1 clips observed values)"),
-        (Made, {"leave": ("(",)}, "--leave-layers '(' is no regular expression"),
+        (Made, {"leave": ("(",)}, "--leave-layers '(' is not a regular expression"),
         (ConvertOptions, {"scaling_mode": "x"}, "unknown scaling mode 'x' (scaling modes: tensor, row, block)"),
         (CalibrationOptions, {"device": "gpu"}, "unknown device 'gpu' (cpu, cuda, cuda:0 or xpu)"),
         (CalibrationOptions, {"text_tokens": -1}, "text tokens should be at least 1, found -1"),

@@ -61,7 +61,7 @@ class Family:
     Attributes:
         name: The value of `--preset`.
         title: Name for people, with members that are easily mistaken for another family.
-        signatures: Ways to recognize it; a record without any is no preset.
+        signatures: Ways to recognize it; a record without any is not a preset.
         blocks: Pattern of modules whose linear layers are quantized, as published for this family; "" lets the
             structure decide, which keeps modulations, routers and adapters.
         keep: Pattern of layers that stay in high precision -> the reason; only what neither the structure nor the first

@@ -31,7 +31,7 @@ MISUSE = [
     (CONVERT + "--legacy --scaling-mode row", "legacy files support one scale per tensor only"),
     (CONVERT + "--block-size 0", "--block-size should be at least 1 and below 65536, found 0\n"),
     (CONVERT + "--exclude-layers '('",
-     "--exclude-layers '(' is no regular expression: missing ), unterminated subpattern at position 0\n"),
+     "--exclude-layers '(' is not a regular expression: missing ), unterminated subpattern at position 0\n"),
     (CONVERT + "--format fp9", "unknown or read-only format 'fp9' (one of fp8, "),
     (CONVERT + "--preset flxu1", "unknown preset 'flxu1' (did you mean 'flux1'? presets: auraflow, "),
     (CONVERT + "--bits 8", "--bits needs --best\n"),

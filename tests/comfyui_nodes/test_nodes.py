@@ -370,7 +370,7 @@ SOURCE = "diffusion_models/sub/flux.safetensors"
               ("sub/flux", True, "int8", "same file as the input"),
               ("", False, "fp8-row", "'fp8-row' is not a format that ComfyUI reads"),
               ("", False, "", "'' is not a format"))),
-        (QuantizeCheckpoint, {"checkpoint": SOURCE, "exclude": "("}, "is no regular expression"),
+        (QuantizeCheckpoint, {"checkpoint": SOURCE, "exclude": "("}, "is not a regular expression"),
     ],
 )  # fmt: skip
 def test_inputs_are_checked_before_anything_is_sampled(
