@@ -384,7 +384,7 @@ def cell_shares(histogram: NDArray[np.int64]) -> Float:
 
 def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     """The first side's new scales on the second side's inputs, by name without prefix."""
-    both = {
+    both = {  # a scale belongs to the format that it was solved for
         key: (row.result, other)
         for key, row in first.rows.items()
         if (other := second.rows.get(key)) is not None
@@ -392,12 +392,13 @@ def _crossed(first: _Solved, second: _Solved) -> dict[str, State]:
     }  # fmt: skip
     scales = np.array([result.scale_after for result, _ in both.values()], np.float64)
     statistics = second.statistics.take(other.result.layer for _, other in both.values())
-    errors = expected_errors(statistics, scales, [GRIDS[other.result.format] for _, other in both.values()])
-    absmax = statistics.absmax.tolist()
-    return {
-        key: _state(other, result.scale_after, result.full_precision_after, list(map(finite, costs)), absmax[number])
-        for number, ((key, (result, other)), *costs) in enumerate(zip(both.items(), *errors, strict=True))
-    }
+    errors = expected_errors(statistics, scales, [GRIDS[result.format] for result, _ in both.values()])
+    crossed = {}
+    for (key, (result, other)), absmax, *costs in zip(both.items(), statistics.absmax, *errors, strict=True):
+        row = other._replace(result=result)
+        known = list(map(finite, costs))
+        crossed[key] = _state(row, result.scale_after, result.full_precision_after, known, float(absmax))
+    return crossed
 
 
 def _side(side: _Solved, label: str, *, apply: str) -> Side:

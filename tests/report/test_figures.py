@@ -291,9 +291,16 @@ def test_a_scale_that_comfyui_cannot_use_is_a_risk(save, build, scale):
     assert figures_of(report, "b").before.risk == ""
 
 
-def test_the_first_sides_scales_meet_the_second_sides_inputs():
+@pytest.mark.parametrize("other_format", [False, True])
+def test_the_first_sides_scales_and_format_meet_the_second_sides_inputs(save, build, other_format):
     loud = NORMAL * 8
-    report = build(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), Source(observed({"a": loud})))
+    e5m2 = {
+        "a.weight": build.fp8(np.ones((16, 32), np.float32), "F8_E5M2"),
+        "a.weight_scale": np.float32(1.0),
+        "a.comfy_quant": build.mark(format="float8_e5m2"),
+    }
+    second = Source(observed({"a": loud}), save("e5m2.safetensors", e5m2) if other_format else None)
+    report = figures.build(Source(observed({"a": NORMAL}), options=SolveOptions(margin=1)), second)
     crossed = report.layers[0].crossed
     assert crossed.scale == pytest.approx(np.abs(NORMAL).max() / 448)
     assert crossed.clipped == pytest.approx((np.abs(loud) > 448 * crossed.scale).mean(), abs=2e-3)
