@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -52,6 +54,18 @@ def test_the_guides_command_prints_the_readmes_number() -> None:
     assert f"| **`--actcal`, without any data** | **{mean}** |" in README
     assert f"prints the {mean}." in README
     assert f"guidance 2 | {mean} ± {error} dB |" in accuracy
+
+
+@pytest.mark.parametrize(("flags", "row"), [("", "best, 8 bits"), (" --bits 5.5", "best, 5.5 bits")])
+def test_the_readmes_folded_and_rounded_mixes_are_those_of_the_table_of_rounding(flags: str, row: str) -> None:
+    table = (ROOT / "docs" / "rounding.md").read_text(encoding="utf-8")
+    found = re.search(rf"^\| {row} \| folded and rounded \|(.*)\|$", table, re.MULTILINE)
+    assert found is not None
+    plain, hot, *_, qwen = (text.strip() for text in found.group(1).split("|"))
+    (line,) = [
+        line for line in README.splitlines() if line.startswith(f"| **`--best --gpu rtx50 --fold --round{flags}`")
+    ]
+    assert f"| **{plain}** | **{hot}** | **{qwen}** |" in line
 
 
 if __name__ == "__main__":  # regenerates the tree
