@@ -324,5 +324,5 @@ def _moved(noun: str, first: Side, second: Side, values: Sequence[tuple[str, flo
             parts.append(f"{len(entries):,} {word} (up to {factor(2**most)} times: {name})")
     layers = plural(len(octaves), "layer")
     said = f"From {first.label} to {second.label}, the {noun} differs by more than half an octave (1.4 times) in "
-    said += f"{count or 'none'} of {layers}"
+    said += f"{f'{count:,}' if count else 'none'} of {layers}"
     return [f"{said}: {', '.join(parts)}." if parts else f"{said}."]
