@@ -113,7 +113,7 @@ class Trials:
 
             head: Any = parse_json(checkpoint.metadata[METADATA_KEY], damaged)
             axes: dict[str, Any] = {axis: head.get(axis) if isinstance(head, dict) else None for axis in AXES}
-            if not all(isinstance(each, list) and is_texts(each) for each in axes.values()):
+            if not all(each and is_texts(each) for each in axes.values()):
                 raise damaged("without their layers, formats or moments")
             shape = tuple(len(each) for each in axes.values())
             for name, dtype in COLUMNS.items():

@@ -60,6 +60,12 @@ def test_a_file_keeps_them(tmp_path):
         assert np.array_equal(getattr(found, name), getattr(kept, name))
 
 
+def _without_moments(tensors, metadata):
+    tensors_of_none, metadata_of_none = Trials.empty(("a", "b"), ("fp8", "nvfp4"), ()).entries()
+    tensors.update(tensors_of_none)
+    metadata.update(metadata_of_none)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -67,6 +73,7 @@ def test_a_file_keeps_them(tmp_path):
         (lambda tensors, _: tensors.update(trial_count=tensors["trial_damage"]), "not I64"),
         (lambda _, metadata: metadata.update({"convert_to_quant.trials": "{}"}), "without their layers"),
         (lambda _, metadata: metadata.update({"convert_to_quant.trials": "["}), "damaged: the trials are"),
+        (_without_moments, "without their layers, formats or moments"),
         (lambda tensors, _: tensors.update(trial_damage=Entry.of(np.full((2, 2, 3), np.nan))), "not finite"),
         (lambda tensors, _: tensors.update(trial_error=Entry.of(np.full((2, 2, 3), -1.0))), "or negative"),
     ],
