@@ -194,7 +194,8 @@ def _made(side: Mapping[str, Any], _: Layers) -> str:
     """The origin of a side."""
     names = ("model", "family", "statistics", "samples", "provenance", "options", "notes")
     mix = {key: side["mix"].get(key) for key in ("gpu", "bits", "expected_db", "measured_db")}
-    return f"<dl>{_terms({name: side[name] for name in names} | {'mix': mix})}</dl>"
+    known = {name: side[name] for name in names} | {"samples": side["samples"] or None, "mix": mix}
+    return f"<dl>{_terms(known)}</dl>"
 
 
 def _terms(values: Mapping[str, Any]) -> str:
@@ -204,7 +205,7 @@ def _terms(values: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             said += _terms({f"{name}: {key}": one for key, one in value.items()})
             continue
-        texts = [_text(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "", 0)]
+        texts = [_text(one) for one in (value if isinstance(value, list) else [value]) if one not in (None, "")]
         body = escape(texts[0]) if len(texts) == 1 else _list(texts)
         if len(texts) > _LISTED:
             body = f"<details><summary>{len(texts):,}</summary>{body}</details>"
@@ -213,7 +214,9 @@ def _terms(values: Mapping[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    return "yes" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _kept(_: Mapping[str, Any], layers: Layers) -> str:

@@ -209,9 +209,11 @@ def test_layers_in_full_precision_and_left_alone_are_listed_with_the_reasons():
 
 
 def test_it_says_how_it_was_made():
-    text = page.render(report(SMALL, options={"margin": 1.5}))
+    text = page.render(report(SMALL, options={"margin": 1.5, "one_row": False, "limit": 0.0, "against": None}))
     made = part(r'<details class="made">(.*?)</details>', text)
-    assert {"plain.safetensors", "Flux.1", "42", "1.5"} <= set(re.findall(r"<dd>(.*?)</dd>", made))
+    assert {"plain.safetensors", "Flux.1", "42"} <= set(re.findall(r"<dd>(.*?)</dd>", made))
+    assert re.findall(r"<dt>report: ([a-z ]+)</dt><dd>(.*?)</dd>", made) == [
+        ("margin", "1.5"), ("one row", "no"), ("limit", "0")]  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [1, 2])
