@@ -339,7 +339,7 @@ def _refuse_untried(layers: Mapping[str, Layer], trials: Trials, formats: Sequen
 def _best_of_size(
     mixes: Mixes, size: int, best_of: Callable[[Choice], Best], written: Callable[[ConversionPlan], int]
 ) -> Best:
-    """The best mix whose file has at most so many bytes. What surrounds the weights depends on the choice, too."""
+    """The best mix for a file of at most `size` bytes, whose header depends on the choice, too."""
     best = best_of(mixes.smallest)
     if (least := written(best.plan)) > size:
         raise OptionError(f"even the smallest formats make a file of {least:,} bytes, more than {size:,}")
@@ -352,7 +352,7 @@ def _best_of_size(
 
 
 def candidates_of(plan: ConversionPlan) -> dict[str, Candidate]:
-    """The layers of a plan as trials take them."""
+    """The quantized layers of a plan as candidates, to run them all at once."""
     from .engines.trials import Candidate
 
     return {

@@ -131,7 +131,7 @@ def _least(worth_LK: Float, costs_CLK: Float, limits: Sequence[float]) -> Choice
 
 
 def _spend(choice: Choice, worth_LK: Float, costs_CLK: Float, limits: Sequence[float]) -> Choice:
-    """Swap while the limits allow, each time where damage falls most for the share of the limits that it takes."""
+    """Swap while the limits allow, each time where damage falls most per share of the limits that it uses."""
     choice, bounds = choice.copy(), np.array(limits)
     while True:
         saved = _at(worth_LK, choice)[:, None] - worth_LK
@@ -180,7 +180,7 @@ class Mixes:
         microseconds: Microseconds = lambda *_: 0.0,
         speed: float | None = None,
     ) -> Mixes:
-        """The results of trials; `speed` asks for so many times the current speed."""
+        """The mixes that trials allow; `speed` is the least speed-up over the current layers."""
         ordered = sorted(formats, key=lambda fmt: fmt.bits)  # of equal damage, the first is chosen
         shape = len(weights), len(ordered) + 1
         damage, expected = np.full((2, len(trials.moments), *shape), np.inf)
@@ -203,7 +203,7 @@ class Mixes:
         return sum(math.prod(weight.shape) for weight in self.weights.values())
 
     def limit_bytes(self, bits: float) -> float:
-        """The limit that so many bits per weight mean.
+        """The size limit for a number of bits per weight.
 
         Bits count as in the names of formats (8, 6.5, 4.5 bits): with the scales of blocks, but without codebooks and
         the one scale per row that nearly all formats have.
@@ -227,7 +227,7 @@ class Mixes:
         return max(found, key=lambda choice: self.point(choice)[1])
 
     def choose_bits(self, bits: float) -> Choice:
-        """The best choice with at most so many bits per weight.
+        """The best choice within a number of bits per weight.
 
         Raises:
             OptionError: even the smallest formats take more.
@@ -253,7 +253,7 @@ class Mixes:
         return int(_at(self.costs[1], choice).sum())
 
     def speed(self, choice: Choice) -> float:
-        """How many times as fast the layers are as now."""
+        """The speed-up of a choice over the current layers."""
         return float(self.costs[0, :, -1].sum() / _at(self.costs[0], choice).sum())
 
     def point(self, choice: Choice) -> Point:

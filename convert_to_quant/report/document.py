@@ -338,8 +338,8 @@ def encode_shares(shares: NDArray[np.float64]) -> Density:
 def plain(value: Any, digits: int | None = None) -> Any:
     """A value of a report as JSON values.
 
-    Floats have so many significant digits, scales `SCALE_DIGITS`; None keeps floats as they are. With digits, floats
-    that are not finite become None.
+    Floats are rounded to `digits` significant digits, scales to `SCALE_DIGITS`, and become None if they are not finite.
+    Without `digits`, floats stay as they are.
 
     >>> plain({"scale": 1 / 3, "pair": (2 / 3, math.inf)}, digits=4)
     {'scale': 0.333333333, 'pair': [0.6667, None]}

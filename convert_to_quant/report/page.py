@@ -133,7 +133,7 @@ def _embedded(document: Document) -> str:
 
 
 def _by_side(document: Document, body: Callable[[Mapping[str, Any], Layers], str]) -> str:
-    """What a function makes of each side and of its layers, under the name of the side if there are two."""
+    """The output of `body` for each side and its layers, under the name of the side if there are two."""
     parts = []
     for number, (letter, side) in enumerate(zip("AB", document["sides"], strict=False)):
         layers = [(layer["name"], layer["sides"][number]) for layer in document["layers"]]

@@ -272,7 +272,7 @@ def _draw_mix(ax: Axes, mixes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _size(mix: Mapping[str, Any], bits: float) -> str:
-    """The size of a file with so many bits per weight."""
+    """The size of a file by its bits per weight."""
     megabytes = (mix["weights"] * bits / 8 + mix.get("other_bytes", 0)) / 1e6
     return f"{megabytes:.3g} MB" if megabytes < 1000 else f"{megabytes / 1000:.3g} GB"
 

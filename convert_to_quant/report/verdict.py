@@ -22,7 +22,7 @@ from ..telling import plural
 from .document import Figures, Layer, Level, Risk, Side, State, Verdict
 
 LOST_TOKENS = SolveOptions.row_loss_limit
-"""Share of a layer's tokens below 1/16 of its scale from which on they are reported."""
+"""Share of a layer's tokens below 1/16 of its scale above which they are reported."""
 
 TYPICAL_BITS = 8
 """The size whose best mix is reported."""

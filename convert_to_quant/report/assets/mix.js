@@ -24,7 +24,7 @@ for (const [s, mix] of mixes.entries()) {
 }
 const marked = Object.keys(MARKS).filter((key) => points[key].length);
 
-/** The size of a file, or of its layers, with so many bits per weight. */
+/** The size of a file, or of its layers, by bits per weight. */
 const sized = (bits) => {
   const megabytes = ((mixes[0].weights * bits) / 8 + (mixes[0].other_bytes || 0)) / 1e6;
   return megabytes < 1000 ? `${+megabytes.toPrecision(3)} MB` : `${+(megabytes / 1000).toPrecision(3)} GB`;
