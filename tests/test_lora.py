@@ -115,6 +115,7 @@ SPELLINGS: list[tuple[str, Layers, str, tuple[int, int] | None]] = [
     ("double_blocks.0.processor.qkv_lora1", FLUX, QKV, None),  # XLabs
     ("diffusion_model.double_blocks.0.processor.proj_lora1", FLUX, "double_blocks.0.img_attn.proj", None),
     ("single_blocks.1.processor.qkv", FLUX, LINEAR1, (0, 3 * H)),  # XLabs' suffix is "_lora.down.weight"
+    ("single_blocks.1.processor.proj", FLUX, "single_blocks.1.linear2", None),
     ("diffusion_model.layers.3.attention.to_k", Z_IMAGE, "layers.3.attention.qkv", (H, 2 * H)),
     ("lora_unet_blocks_1_self_attn_q", {"blocks.1.attn1.to_q": (H, H)}, "blocks.1.attn1.to_q", None),
 ]
