@@ -93,6 +93,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(model, whole, tmp_path, stop_at)
     assert ran == list(range(stop_at, 6))
     assert calls == [(2 * number, 12) for number in range(stop_at, 7)]
     assert seen.statistics == whole.statistics
+    output.mkdir()
+    with pytest.raises(OutputError):
+        session.finish(seen.statistics)
+    output.rmdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors.partial"], "progress is never lost"
     session.finish(seen.statistics)
     assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors"]
     assert Statistics.load(output) == whole.statistics
