@@ -111,10 +111,12 @@ def test_a_session_of_one_process_waits_for_no_other(model, whole, tmp_path, mon
     assert Statistics.load(tmp_path / "stats.safetensors") == whole.statistics
 
 
-def test_saving_waits_for_its_time(model, tmp_path):
+def test_saving_waits_for_its_time_or_the_last_batch(model, tmp_path):
     with pytest.raises(StopError):
         go(Session(tmp_path / "stats.safetensors", save_every_seconds=60), model, stop_at=5)
     assert list(tmp_path.iterdir()) == []
+    go(Session(tmp_path / "stats.safetensors", save_every_seconds=60), model)  # trials may follow
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.safetensors.partial"]
 
 
 def test_inputs_that_are_not_finite_are_refused_after_their_batch(model):
