@@ -54,6 +54,13 @@ def test_a_merged_file_is_equivalent_to_its_parts(done, model, stats, tmp_path, 
     assert scales(apart) == scales(together)
 
 
+def test_a_layer_that_was_never_visited_keeps_its_scale_and_is_named(done, model, stats, scales):
+    out = model.with_name("out.safetensors")
+    told = done("apply", model, stats({LAYER: 896.0}), "-o", out, "--margin", 1.5).err
+    assert scales(out) == {LAYER: 3.0}
+    assert f"note: {OTHER}: never visited: keeps its scale" in told
+
+
 def test_statistics_of_another_model_are_refused_without_force(done, refused, model, statistics, tmp_path, scales):
     stats, out = tmp_path / "stats.safetensors", tmp_path / "out.safetensors"
     statistics(SHAPES, {LAYER: 896.0, OTHER: 1.0}).take([LAYER]).save(stats)
