@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from convert_to_quant.lora import LoraMatch, load_lora, match_loras
 
 LAYER, OUT, IN, RANK = "blocks.0.q", 64, 48, 2
 Tensors = Mapping[str, NDArray[Any]]
-Match = Callable[..., LoraMatch]
 
 
 def normal(*shape: int, seed: int = 0) -> NDArray[np.float32]:
@@ -29,7 +27,7 @@ WEIGHT = normal(OUT, IN, seed=99)
 
 
 @pytest.fixture
-def match(save: Callable[..., Path]) -> Match:
+def match(save):
     """Writes tensors, and matches them with one layer of the weight `WEIGHT`."""
 
     def of(tensors: Tensors, strength: float = 1.0, weight: NDArray[np.float32] = WEIGHT) -> LoraMatch:
@@ -81,7 +79,7 @@ def tensors_of(kind: str) -> dict[str, NDArray[np.float32]]:
 
 
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_a_change_is_the_formula_times_strength_and_alpha_over_rank(kind: str, match: Match) -> None:
+def test_a_change_is_the_formula_times_strength_and_alpha_over_rank(kind, match):
     tensors, (_, formula, rank) = tensors_of(kind), FORMULAS[kind]
     wanted = formula(*(each.astype(np.float64) for each in tensors.values()))
     np.testing.assert_allclose(change(match(tensors, 0.5)), 0.5 * wanted, rtol=1e-4, atol=1e-5)
@@ -97,9 +95,7 @@ def test_a_change_is_the_formula_times_strength_and_alpha_over_rank(kind: str, m
 @pytest.mark.parametrize("kind", FORMULAS)
 @pytest.mark.parametrize("ending", ["dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.default.weight"])
 @pytest.mark.parametrize("shape", [(OUT,), (OUT, 1), (1, IN)])
-def test_a_magnitude_scales_rows_or_columns_of_what_was_added(
-    kind: str, ending: str, shape: tuple[int, ...], match: Match
-) -> None:
+def test_a_magnitude_scales_rows_or_columns_of_what_was_added(kind, ending, shape, match):
     tensors, (_, formula, rank) = tensors_of(kind), FORMULAS[kind]
     magnitude = np.abs(normal(*shape)) + 1
     axis = 0 if shape[0] == 1 else 1
@@ -113,7 +109,7 @@ def test_a_magnitude_scales_rows_or_columns_of_what_was_added(
         np.testing.assert_allclose(weight, ((WEIGHT + wanted) / 2)[rows], rtol=1e-4, atol=1e-4)
 
 
-def test_magnitudes_per_column_see_what_files_before_them_added(save: Callable[..., Path]) -> None:
+def test_magnitudes_per_column_see_what_files_before_them_added(save):
     one, two = normal(OUT, IN, seed=5), normal(OUT, IN, seed=6)
     magnitude = np.abs(normal(1, IN)) + 1
     first = save("a.safetensors", {f"{LAYER}.diff": one})
@@ -125,7 +121,7 @@ def test_magnitudes_per_column_see_what_files_before_them_added(save: Callable[.
     np.testing.assert_allclose(change(found, WEIGHT) + WEIGHT, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_magnitude_per_column_needs_the_weights(save: Callable[..., Path]) -> None:
+def test_a_magnitude_per_column_needs_the_weights(save):
     path = save("x.safetensors", {**tensors_of("LoRA"), f"{LAYER}.dora_scale": np.ones((1, IN), np.float32)})
     with pytest.raises(LoraError, match="nothing in this LoRA can be applied"):
         match_loras([load_lora(path)], {LAYER: (OUT, IN)})
@@ -150,13 +146,13 @@ ONES = np.ones((2, 2), np.float32)
          "a magnitude should be finite floats (the file is damaged)"),
     ],
 )  # fmt: skip
-def test_damage_is_named_with_its_tensor(tensors: Tensors, tensor: str, message: str, match: Match) -> None:
+def test_damage_is_named_with_its_tensor(tensors, tensor, message, match):
     with pytest.raises(LoraError) as caught:
         match({f"{LAYER}.{role}": each for role, each in tensors.items()})
     assert str(caught.value).endswith(f"x.safetensors: {LAYER}.{tensor}: {message}")
 
 
-def test_factors_of_two_kinds_under_one_name_are_reported(match: Match) -> None:
+def test_factors_of_two_kinds_under_one_name_are_reported(match):
     tensors = {**tensors_of("LoRA"), f"{LAYER}.lokr_w1": ONES}
     with pytest.raises(LoraError, match="a mix of down and lokr_w1 and up is not supported"):
         match(tensors)
@@ -176,7 +172,7 @@ def test_factors_of_two_kinds_under_one_name_are_reported(match: Match) -> None:
         ("lokr.LokrModule", {"factor": 4, "full_matrix": True}),
     ],
 )
-def test_changes_are_those_of_lycoris(module: str, options: dict[str, Any], per: str, match: Match) -> None:
+def test_changes_are_those_of_lycoris(module, options, per, match):
     pytest.importorskip("lycoris", reason="lycoris-lora is not installed: changes are held to its formulas alone")
     where, _, name = module.partition(".")
     made = getattr(importlib.import_module(f"lycoris.modules.{where}"), name)
@@ -196,7 +192,7 @@ def test_changes_are_those_of_lycoris(module: str, options: dict[str, Any], per:
 
 @pytest.mark.parametrize("config", ["LoraConfig", "LoraConfig, DoRA", "LoHaConfig", "LoKrConfig", "LoKrConfig, both"])
 @pytest.mark.parametrize("named", ["default", "style_0"])
-def test_changes_are_those_of_peft(config: str, named: str, match: Match) -> None:
+def test_changes_are_those_of_peft(config, named, match):
     peft = pytest.importorskip("peft", reason="peft is not installed: changes are held to its formulas alone")
     kind, _, more = config.partition(", ")
     options: dict[str, Any] = {"r": RANK, "target_modules": ["q"], "init_weights": False}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ GPU = "rtx50"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, build: Any, flux_tensors: Any) -> Iterator[Checkpoint]:
+def checkpoint(tmp_path_factory, build, flux_tensors):
     """The open model."""
     path = tmp_path_factory.mktemp("best") / "flux.safetensors"
     path.write_bytes(build.file_bytes(flux_tensors()))
@@ -39,13 +38,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, build: Any, flux_tensor
 
 
 @pytest.fixture(scope="module")
-def first(checkpoint: Checkpoint) -> Best:
+def first(checkpoint):
     """A choice for which the model was run."""
     return plan_best(checkpoint, ConvertOptions(), BestOptions(gpu=GPU), SHOWN)
 
 
 @pytest.fixture
-def choose(checkpoint: Checkpoint, first: Best) -> Callable[..., Best]:
+def choose(checkpoint, first):
     """choose(bits=6): another choice, from what was measured then."""
 
     def choose(exclude: tuple[str, ...] = (), **options: Any) -> Best:
@@ -62,9 +61,7 @@ def written(checkpoint: Checkpoint, best: Best, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("bits", [5.6, 6.0, 7.0, 8.0, 10.0])
-def test_weights_and_their_scales_take_no_more_bits_than_asked_for(
-    checkpoint: Checkpoint, choose: Any, tmp_path: Path, bits: float
-) -> None:
+def test_weights_and_their_scales_take_no_more_bits_than_asked_for(checkpoint, choose, tmp_path, bits):
     best = choose(bits=bits)
     with open_checkpoint(written(checkpoint, best, tmp_path)) as file:
         stored = sum(
@@ -80,7 +77,7 @@ def test_weights_and_their_scales_take_no_more_bits_than_asked_for(
     assert bits > 8 or len(set(mixed.values())) > 1
 
 
-def test_files_are_never_larger_than_asked_for(checkpoint: Checkpoint, choose: Any, tmp_path: Path) -> None:
+def test_files_are_never_larger_than_asked_for(checkpoint, choose, tmp_path):
     smallest = written(checkpoint, choose(bits=5.6), tmp_path).stat().st_size
     expected_db = []
     for size in np.linspace(smallest, checkpoint.path.stat().st_size, 12).astype(int).tolist():
@@ -90,7 +87,7 @@ def test_files_are_never_larger_than_asked_for(checkpoint: Checkpoint, choose: A
     assert expected_db == sorted(expected_db)
 
 
-def test_sizes_that_ask_for_too_much_or_nothing_are_refused(checkpoint: Checkpoint, choose: Any) -> None:
+def test_sizes_that_ask_for_too_much_or_nothing_are_refused(checkpoint, choose):
     with pytest.raises(
         OptionError, match=r"even the smallest formats take 4\.\d\d bits per weight, more than --bits 3"
     ):
@@ -102,7 +99,7 @@ def test_sizes_that_ask_for_too_much_or_nothing_are_refused(checkpoint: Checkpoi
             choose(**enough)
 
 
-def test_the_mix_is_better_than_any_one_format_of_its_size(checkpoint: Checkpoint, choose: Any) -> None:
+def test_the_mix_is_better_than_any_one_format_of_its_size(checkpoint, choose):
     model, size = denoiser.load(checkpoint), Geometry(height=2, width=2, frames=1, text_tokens=4)
     bench = Bench(model, size, moments(model, size, images=6, levels=2, seed=9))  # other noise than it was chosen on
 
@@ -118,9 +115,7 @@ def test_the_mix_is_better_than_any_one_format_of_its_size(checkpoint: Checkpoin
         assert kept(candidates_of(best.plan)) > kept(dict.fromkeys(mixes.weights, Candidate(fmt))) - 0.2, fmt.name
 
 
-def test_what_is_measured_and_estimated_is_near_what_layers_in_formats_keep_all_together(
-    checkpoint: Checkpoint, first: Best
-) -> None:
+def test_what_is_measured_and_estimated_is_near_what_layers_in_formats_keep_all_together(checkpoint, first):
     model = denoiser.load(checkpoint)
     size = TrialModel(checkpoint, first.plan, SHOWN).geometry
     bench = Bench(model, size, moments(model, size, images=6, levels=2, seed=9))
@@ -133,7 +128,7 @@ def test_what_is_measured_and_estimated_is_near_what_layers_in_formats_keep_all_
         assert abs(expected_db - alike) < 4, name
 
 
-def test_formats_are_those_of_the_gpu_or_requested(choose: Any) -> None:
+def test_formats_are_those_of_the_gpu_or_requested(choose):
     for gpu in ("any", GPU):
         chosen = set(choose(gpu=gpu, bits=10.0).counts()) - {""}
         assert all(gpu in FORMATS[name].native for name in chosen)
@@ -143,7 +138,7 @@ def test_formats_are_those_of_the_gpu_or_requested(choose: Any) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_more_formats_to_choose_from_never_make_a_mix_worse(seed: int) -> None:
+def test_more_formats_to_choose_from_never_make_a_mix_worse(seed):
     random, layers = np.random.default_rng(seed), 12
     formats = (*CANDIDATES, "")
     bits = np.array([FORMATS[name].bits if name else 16 for name in formats])
@@ -164,12 +159,12 @@ def test_more_formats_to_choose_from_never_make_a_mix_worse(seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_l40s(checkpoint: Checkpoint) -> Best:
+def on_l40s(checkpoint):
     """A choice under a speed."""
     return plan_best(checkpoint, ConvertOptions(), BestOptions(gpu="l40s", speed=1.5), SHOWN)
 
 
-def test_a_mix_is_as_fast_as_asked_for_and_no_larger(checkpoint: Checkpoint, on_l40s: Best) -> None:
+def test_a_mix_is_as_fast_as_asked_for_and_no_larger(checkpoint, on_l40s):
     measured = on_l40s.statistics, on_l40s.trials
     free = plan_best(checkpoint, ConvertOptions(), BestOptions(gpu="l40s", only="fp8,int8-convrot"), measured=measured)
     assert on_l40s.results["speed"] >= 1.5
@@ -184,22 +179,20 @@ def test_a_mix_is_as_fast_as_asked_for_and_no_larger(checkpoint: Checkpoint, on_
         plan_best(checkpoint, ConvertOptions(), BestOptions(gpu="l40s", speed=2.1), measured=measured)
 
 
-def test_the_speed_of_a_gpu_without_measurements_is_not_assumed(choose: Any) -> None:
+def test_the_speed_of_a_gpu_without_measurements_is_not_assumed(choose):
     with pytest.raises(OptionError, match=r"there are none for GeForce RTX 40 \(Ada\).*known: h100 \(measured\), l40s"):
         choose(gpu="rtx40", speed=1.2)
     with pytest.raises(OptionError, match="computes none of int8 natively at a known speed"):
         choose(gpu="l40s", only="int8", speed=1.2)
 
 
-def test_products_cost_what_was_measured_at_the_nearest_shape() -> None:
+def test_products_cost_what_was_measured_at_the_nearest_shape():
     assert speeds.microseconds("h100", "fp8", (9216, 3072)) == 469
     assert speeds.microseconds("h100", "", (3072, 24576)) == pytest.approx(548 * 24576 / 15360)
     assert speeds.microseconds("l40s", "", (64, 64)) / speeds.microseconds("l40s", "fp8", (64, 64)) == 1.27
 
 
-def test_fp8_layers_have_the_input_scales_that_were_measured(
-    checkpoint: Checkpoint, choose: Any, tmp_path: Path
-) -> None:
+def test_fp8_layers_have_the_input_scales_that_were_measured(checkpoint, choose, tmp_path):
     best = plan_best(checkpoint, ConvertOptions(), BestOptions(only="fp8", gpu=GPU, bits=8.1), SHOWN)
     with open_checkpoint(written(checkpoint, best, tmp_path)) as file:
         found = {
@@ -211,7 +204,7 @@ def test_fp8_layers_have_the_input_scales_that_were_measured(
     assert any(full for _, full in found.values())
 
 
-def test_layers_that_see_one_token_per_image_compute_in_full_precision_where_readers_heed_it(choose: Any) -> None:
+def test_layers_that_see_one_token_per_image_compute_in_full_precision_where_readers_heed_it(choose):
     decisions = [each for each in choose(bits=6.0).plan.decisions if each.format]
     one_token = [each for each in decisions if each.layer.name in ONE_ROW]
     assert one_token
@@ -219,13 +212,13 @@ def test_layers_that_see_one_token_per_image_compute_in_full_precision_where_rea
     assert all((each.input_scale is None) == each.format.dynamic for each in decisions)
 
 
-def test_excluded_layers_stay_as_they_are(choose: Any) -> None:
+def test_excluded_layers_stay_as_they_are(choose):
     best = choose(exclude=("double_blocks",))
     assert best.mixes.weights
     assert all(layer.startswith("single_blocks") for layer in best.mixes.weights)
 
 
-def test_the_curve_rises_and_json_says_the_same(choose: Any) -> None:
+def test_the_curve_rises_and_json_says_the_same(choose):
     best = choose(bits=7.0)
     curve = [db for _, db in best.mixes.curve]
     said = best.to_json()
@@ -238,9 +231,7 @@ def test_the_curve_rises_and_json_says_the_same(choose: Any) -> None:
     assert best.summary().endswith(f"{best.bits:.2f} bits per weight, {best.expected_db:.1f} dB expected on noise")
 
 
-def test_trials_of_other_layers_or_formats_are_refused(
-    checkpoint: Checkpoint, first: Best, choose: Any, tmp_path: Path
-) -> None:
+def test_trials_of_other_layers_or_formats_are_refused(checkpoint, first, choose, tmp_path):
     first.statistics.save(tmp_path / "stats.safetensors")
     with pytest.raises(StatisticsError, match="the file has no trials of formats"):
         load_measured(tmp_path / "stats.safetensors")
@@ -251,14 +242,14 @@ def test_trials_of_other_layers_or_formats_are_refused(
         choose(only="fp8", bits=9.0)
 
 
-def test_a_model_that_is_quantized_already_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_model_that_is_quantized_already_is_refused(checkpoint, tmp_path):
     path = tmp_path / "int8.safetensors"
     convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(format="int8")), path)
     with open_checkpoint(path) as other, pytest.raises(OptionError, match="no layer of this file can be quantized"):
         plan_best(other, ConvertOptions(), BestOptions())
 
 
-def test_incompatible_libraries_are_reported(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incompatible_libraries_are_reported(checkpoint, monkeypatch):
     def supports(*_: Any) -> None:
         raise ImportError("no AutoImageProcessor\nin this version")
 

@@ -44,7 +44,6 @@ LAYER_OPTIONS = CalibrationOptions(engine="layer")
 GRAINS = {"tensor": (OUT, IN), "row": (1, IN), "block": (32, 32)}
 SCALE_SHAPES: dict[str, tuple[int, ...]] = {"tensor": (), "row": (OUT,), "block": (OUT // 32, IN // 32)}
 
-Save = Callable[..., Path]
 Calibrate = Callable[..., dict[str, np.ndarray]]
 
 
@@ -91,7 +90,7 @@ def expect_good(scales: Mapping[str, torch.Tensor], names: tuple[str, ...] = LAY
 
 
 @pytest.fixture
-def calibrate() -> Calibrate:
+def calibrate():
     """Calibrate a file by simulation into a new one; gives the new scales and checks the new file."""
 
     def run(path: Path, *loras: Path, names: tuple[str, ...] = LAYERS, suffix: str = ".input_scale") -> Any:
@@ -128,7 +127,7 @@ def expect_by_hand(scales: Mapping[str, Any]) -> None:
         assert scales[name] == pytest.approx(by_hand(name, weight), rel=0.02)  # of FP8's rounding of the weight
 
 
-def test_calibrate(save: Save, build: Any, calibrate: Calibrate) -> None:
+def test_calibrate(save, build, calibrate):
     expect_by_hand(calibrate(save("m.safetensors", fp8_tensors(build))))
 
 
@@ -140,7 +139,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_calibrate_with_lora(save: Save, build: Any, calibrate: Calibrate, spelling: str) -> None:
+def test_calibrate_with_lora(save, build, calibrate, spelling):
     model = save("m.safetensors", fp8_tensors(build))
     a = np.random.default_rng(5).standard_normal((4, IN)).astype(np.float32)
     a[:, 7] *= 30  # the adapter reads one outlier channel
@@ -154,7 +153,7 @@ def test_calibrate_with_lora(save: Save, build: Any, calibrate: Calibrate, spell
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_calibrate_legacy_keys(save: Save, build: Any, calibrate: Calibrate, there: bool) -> None:
+def test_calibrate_legacy_keys(save, build, calibrate, there):
     tensors: dict[str, Any] = {"scaled_fp8": ("F8_E4M3", np.zeros(0, np.uint8))}
     for name, weight in weights().items():
         codes, scale = quantize(weight, (OUT, IN))
@@ -166,7 +165,7 @@ def test_calibrate_legacy_keys(save: Save, build: Any, calibrate: Calibrate, the
         assert set(checkpoint) == {*tensors, *(f"{name}.scale_input" for name in LAYERS)}, "legacy stays legacy"
 
 
-def test_calibrate_mixed_files(save: Save, build: Any, calibrate: Calibrate) -> None:
+def test_calibrate_mixed_files(save, build, calibrate):
     """FP8 layers beside high precision, int8, convolutions and norms: only the FP8 layers get a scale."""
     random = np.random.default_rng(3)
     tensors = {
@@ -184,7 +183,7 @@ def test_calibrate_mixed_files(save: Save, build: Any, calibrate: Calibrate) -> 
 # --- its edge cases ---------------------------------------------------------------------------------------------------
 
 
-def test_calibrate_empty_tensors(save: Save, build: Any) -> None:
+def test_calibrate_empty_tensors(save, build):
     tensors = fp8_tensors(build)
     tensors["empty.weight"] = ("F8_E4M3", np.zeros((0, IN), np.uint8))
     tensors["empty.weight_scale"] = np.float32(1.0)
@@ -201,9 +200,7 @@ def test_calibrate_empty_tensors(save: Save, build: Any) -> None:
 
 
 @pytest.mark.parametrize("old", [None, ("BF16", np.uint16([0x3F80])), ("F16", np.uint16([0x3C00]))])
-def test_input_scales_that_are_missing_or_of_other_dtypes_and_shapes_are_replaced(
-    save: Save, build: Any, calibrate: Calibrate, old: Any
-) -> None:
+def test_input_scales_that_are_missing_or_of_other_dtypes_and_shapes_are_replaced(save, build, calibrate, old):
     tensors = fp8_tensors(build) | {f"{LAYERS[0]}.input_scale": old}
     path = save("m.safetensors", {name: tensor for name, tensor in tensors.items() if tensor is not None})
     expect_by_hand(calibrate(path))
@@ -212,7 +209,7 @@ def test_input_scales_that_are_missing_or_of_other_dtypes_and_shapes_are_replace
 # --- calibrate_model -------------------------------------------------------------------------------------------------
 
 
-def test_margin_multiplies_and_float16_safe_raises(save: Save, build: Any) -> None:
+def test_margin_multiplies_and_float16_safe_raises(save, build):
     large = fp8_tensors(build)
     large[f"{LAYERS[0]}.weight_scale"] = np.float32(1e6)
     path = save("large.safetensors", large)
@@ -225,14 +222,14 @@ def test_margin_multiplies_and_float16_safe_raises(save: Save, build: Any) -> No
 
 
 @pytest.mark.parametrize("mode", ["row", "block"])
-def test_row_and_block_wise_files_have_nothing_to_calibrate(save: Save, build: Any, mode: str) -> None:
+def test_row_and_block_wise_files_have_nothing_to_calibrate(save, build, mode):
     with pytest.raises(
         NoStaticScaleError, match="nothing to calibrate: readers of its FP8 layers scale inputs dynamically"
     ):
         calibrate_model(save("m.safetensors", fp8_tensors(build, mode)), LAYER_OPTIONS)
 
 
-def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
+def test_foreign_layers_are_named_as_left_alone(save, build):
     tensors = fp8_tensors(build) | {
         "other.weight": np.zeros((4, 4), np.uint8),
         "other.comfy_quant": build.mark(format="svdquant_w4a4"),
@@ -254,7 +251,7 @@ def test_foreign_layers_are_named_as_left_alone(save: Save, build: Any) -> None:
     assert "left alone: 1 INT8 layer, whose inputs readers scale dynamically" in notes
 
 
-def test_lora_report_names_all_that_is_not_applied(save: Save, build: Any) -> None:
+def test_lora_report_names_all_that_is_not_applied(save, build):
     pair = {".lora_A.weight": np.ones((1, IN), np.float32), ".lora_B.weight": np.ones((OUT, 1), np.float32)}
     tensors = {
         name + suffix: factor for name in (LAYERS[0], "double_blocks.7.img_mlp.0") for suffix, factor in pair.items()
@@ -271,9 +268,7 @@ INSTEAD = f"({module.INSTEAD})"
 
 
 @pytest.mark.parametrize("package", ["torch", "diffusers"])
-def test_without_torch_or_diffusers_only_guesses_by_name_are_made(
-    save: Save, build: Any, monkeypatch: pytest.MonkeyPatch, package: str
-) -> None:
+def test_without_torch_or_diffusers_only_guesses_by_name_are_made(save, build, monkeypatch, package):
     find_spec = module.importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
     path = save("m.safetensors", fp8_tensors(build))
@@ -286,7 +281,7 @@ def test_without_torch_or_diffusers_only_guesses_by_name_are_made(
 
 
 @pytest.mark.parametrize("engine", ["auto", "model"])
-def test_a_model_that_cannot_be_run_is_never_guessed_unasked(save: Save, build: Any, engine: Any) -> None:
+def test_a_model_that_cannot_be_run_is_never_guessed_unasked(save, build, engine):
     path = save("m.safetensors", fp8_tensors(build))
     with pytest.raises(UnsupportedModelError, match=r"so nothing was calibrated: .*--actcal-engine layer guesses"):
         calibrate_model(path, CalibrationOptions(engine=engine))
@@ -295,7 +290,7 @@ def test_a_model_that_cannot_be_run_is_never_guessed_unasked(save: Save, build: 
 ENCODER = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
 
 
-def test_a_text_encoder_in_the_same_file_is_left_alone(save: Save, build: Any) -> None:
+def test_a_text_encoder_in_the_same_file_is_left_alone(save, build):
     own = {f"model.diffusion_model.{name}": tensor for name, tensor in fp8_tensors(build).items()}
     encoder, _ = build.quantized([ENCODER], "tensor", input_scale=None)
     path = save("all.safetensors", {**own, **encoder})
@@ -310,7 +305,7 @@ def test_a_text_encoder_in_the_same_file_is_left_alone(save: Save, build: Any) -
 
 
 @pytest.mark.parametrize("encoder", [ENCODER, "encoder.block.0.layer.0.SelfAttention.q"])
-def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save: Save, build: Any, encoder: str) -> None:
+def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save, build, encoder):
     path = save("encoder.safetensors", *build.quantized([encoder], "tensor"))
     with pytest.raises(TensorError) as caught:
         calibrate_model(path, LAYER_OPTIONS)
@@ -320,7 +315,7 @@ def test_a_file_whose_only_fp8_layers_are_a_text_encoders_is_refused(save: Save,
     )
 
 
-def test_e5m2_layers_are_scaled_to_e5m2s_largest_value(save: Save, build: Any) -> None:
+def test_e5m2_layers_are_scaled_to_e5m2s_largest_value(save, build):
     weight = np.eye(64, dtype=np.float32)
     tensors = {}
     for name, dtype in (("blocks.0.four", "F8_E4M3"), ("blocks.0.five", "F8_E5M2")):
@@ -337,7 +332,7 @@ def test_e5m2_layers_are_scaled_to_e5m2s_largest_value(save: Save, build: Any) -
     assert compute_activation_scale(codes) == pytest.approx(compute_activation_scale(weight) * 448 / 57344)
 
 
-def test_a_calibration_is_json_and_progress_ends_at_all_the_bytes(save: Save, build: Any) -> None:
+def test_a_calibration_is_json_and_progress_ends_at_all_the_bytes(save, build):
     told: list[tuple[int, int]] = []
     path = save("m.safetensors", fp8_tensors(build))
     found = calibrate_model(path, LAYER_OPTIONS, progress=lambda *words: told.append(words))
@@ -350,7 +345,7 @@ def test_a_calibration_is_json_and_progress_ends_at_all_the_bytes(save: Save, bu
 # --- patch_model_with_scales -----------------------------------------------------------------------------------------
 
 
-def test_patch_writes_the_scales_given_and_nothing_else(save: Save, build: Any) -> None:
+def test_patch_writes_the_scales_given_and_nothing_else(save, build):
     path = save("m.safetensors", fp8_tensors(build))
     output = path.with_name("out.safetensors")
     patch_model_with_scales(path, {LAYERS[1]: 0.125}, output)
@@ -360,7 +355,7 @@ def test_patch_writes_the_scales_given_and_nothing_else(save: Save, build: Any) 
     assert changed == [f"{LAYERS[1]}.input_scale"]
 
 
-def test_patch_needs_an_output_or_in_place_and_not_both(save: Save, build: Any) -> None:
+def test_patch_needs_an_output_or_in_place_and_not_both(save, build):
     path = save("m.safetensors", fp8_tensors(build))
     for words in ({}, {"output": "out.safetensors", "in_place": True}):
         with pytest.raises(OptionError, match=r"^give either an output or in_place$"):
@@ -370,7 +365,7 @@ def test_patch_needs_an_output_or_in_place_and_not_both(save: Save, build: Any) 
 # --- compute_activation_scale ----------------------------------------------------------------------------------------
 
 
-def test_compute_from_a_float_weight_equals_the_definition() -> None:
+def test_compute_from_a_float_weight_equals_the_definition():
     weight = weights()[LAYERS[0]]
     unit = np.random.default_rng(42).standard_normal((64, IN), dtype=np.float32)
     x = unit * np.sqrt(OUT / IN / np.sum(weight.astype(np.float64) ** 2, 0))
@@ -382,7 +377,7 @@ def test_compute_from_a_float_weight_equals_the_definition() -> None:
 
 
 @pytest.mark.parametrize("mode", GRAINS)
-def test_compute_takes_fp8_as_torch_tensors_and_as_codes(mode: str) -> None:
+def test_compute_takes_fp8_as_torch_tensors_and_as_codes(mode):
     codes, scale = quantize(weights()[LAYERS[0]], GRAINS[mode])
     scale = scale.reshape(SCALE_SHAPES[mode])
     as_codes = compute_activation_scale(codes, weight_scale=scale)
@@ -394,7 +389,7 @@ def test_compute_takes_fp8_as_torch_tensors_and_as_codes(mode: str) -> None:
     assert as_codes == pytest.approx(compute_activation_scale(real), rel=1e-6)
 
 
-def test_compute_with_lora_rows() -> None:
+def test_compute_with_lora_rows():
     weight = weights()[LAYERS[0]]
     rows = np.random.default_rng(2).standard_normal((4, IN)).astype(np.float32)
     rows[:, 0] *= 50
@@ -403,7 +398,7 @@ def test_compute_with_lora_rows() -> None:
 
 
 @pytest.mark.parametrize("weight", [np.zeros((0, 4)), np.zeros((4, 0)), np.zeros((4, 4)), np.zeros((4, 4), np.uint8)])
-def test_compute_of_an_empty_or_zero_weight_is_one(weight: np.ndarray) -> None:
+def test_compute_of_an_empty_or_zero_weight_is_one(weight):
     assert compute_activation_scale(weight, weight_scale=np.float32(1)) == 1.0
 
 
@@ -424,7 +419,7 @@ NOT_FINITE = "weight: the weight or its scale has NaN or infinite values"
     ],
     ids=range(8),
 )
-def test_compute_refuses_what_means_nothing(words: dict[str, Any], message: str) -> None:
+def test_compute_refuses_what_means_nothing(words, message):
     with pytest.raises((TensorError, OptionError, CalibrationError), match=re.escape(message) + "$"):
         compute_activation_scale(**{"weight": np.ones((4, 4)), **words})
 
@@ -432,7 +427,7 @@ def test_compute_refuses_what_means_nothing(words: dict[str, Any], message: str)
 # --- load_lora_tensors -----------------------------------------------------------------------------------------------
 
 
-def test_load_lora_tensors_gives_the_adapters_and_refuses_other_files(save: Save) -> None:
+def test_load_lora_tensors_gives_the_adapters_and_refuses_other_files(save):
     factors = {"x.lora_A.weight": np.ones((2, 4), np.float32), "x.lora_B.weight": np.ones((4, 2), np.float32)}
     path = save("lora.safetensors", {**factors, "x.alpha": np.float32(1)})
     lora = load_lora_tensors(path, 0.5)

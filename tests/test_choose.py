@@ -19,7 +19,7 @@ from convert_to_quant.trials import decibels
 Float = NDArray[np.float64]
 
 
-def test_the_results_that_a_file_claims_are_read_as_far_as_they_are_well_formed() -> None:
+def test_the_results_that_a_file_claims_are_read_as_far_as_they_are_well_formed():
     layers = {"a": {"tried": {"w4": 30.0}, "more": "w8", "format": "w4"}, "b": {"tried": {}}}
     said = {"bits": 6.5, "expected_db": 30, "measured_db": [29.0, 31.0], "curve": [[4.5, 20.0]], "uniform": {}}
     said |= {"more": [7.0, 33.0], "weights": 100, "layers": layers}
@@ -59,14 +59,14 @@ class Table:
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.floats(0.25, 1))
-def test_layers_of_one_size_get_the_least_damage_that_there_is(seed: int, layers: int, share: float) -> None:
+def test_layers_of_one_size_get_the_least_damage_that_there_is(seed, layers, share):
     table = Table(seed, layers, sizes=(5,))
     limit = share * table.nbytes[:, -1].sum()
     assert table.hurt(table.choose(limit))[0] == pytest.approx(min(table.every(limit))[0], rel=1e-9)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.floats(0.25, 1))
-def test_layers_of_any_size_get_the_least_damage_of_one_swap_less(seed: int, layers: int, share: float) -> None:
+def test_layers_of_any_size_get_the_least_damage_of_one_swap_less(seed, layers, share):
     table = Table(seed, layers)
     limit = share * table.nbytes[:, -1].sum()
     swap = (table.nbytes[:, -1] - table.nbytes[:, 0]).max()
@@ -74,7 +74,7 @@ def test_layers_of_any_size_get_the_least_damage_of_one_swap_less(seed: int, lay
     assert table.hurt(table.choose(limit))[0] <= others * (1 + 1e-9)
 
 
-def test_several_moments_get_nearly_the_best_mean_in_decibels() -> None:
+def test_several_moments_get_nearly_the_best_mean_in_decibels():
     short_db = []
     for seed in range(40):
         table = Table(seed, 4, moments=3, sizes=(5,))
@@ -84,7 +84,7 @@ def test_several_moments_get_nearly_the_best_mean_in_decibels() -> None:
     assert np.mean(short_db) < 0.02
 
 
-def test_a_size_below_the_smallest_formats_is_refused() -> None:
+def test_a_size_below_the_smallest_formats_is_refused():
     table = Table(0, 4, moments=2)
     least, most = table.nbytes[:, 0].sum(), table.nbytes[:, -1].sum()
     assert (table.choose(least).tolist(), table.choose(most).tolist()) == ([0] * 4, [3] * 4)

@@ -89,7 +89,7 @@ CALLED: dict[str, tuple[str, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stand_ins(tmp_path_factory):
     """A folder of tiny files with the names that examples use."""
     folder = tmp_path_factory.mktemp("stand-ins")
     with inside(folder):
@@ -244,9 +244,7 @@ def run(examples: list[Example], folder: Path) -> None:
 @pytest.mark.parametrize(
     "examples", [pytest.param(examples, id=name) for name, examples in DOCUMENTS.items() if examples]
 )
-def test_every_example_runs(
-    examples: list[Example], stand_ins: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_every_example_runs(examples, stand_ins, tmp_path, request):
     folder = tmp_path / "here"
     shutil.copytree(stand_ins, folder)
     if any(SERVER in text for _, text in examples):
@@ -259,9 +257,7 @@ def test_every_example_runs(
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_first_session_on_a_terminal(
-    width: int, golden: Any, terminal: Any, stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_session_on_a_terminal(width, golden, terminal, stand_ins, tmp_path, monkeypatch):
     """Output of the README's commands, in order, with digits masked and without progress bars.
 
     Omitted: the demo (see tests/cli/test_golden.py), the best mix (nearly a tie with tiny layers), and the pipeline
@@ -285,7 +281,7 @@ def test_the_first_session_on_a_terminal(
     golden(f"session {width}", screens["without_digits"](text))
 
 
-def test_the_documents_have_examples() -> None:
+def test_the_documents_have_examples():
     assert sum(map(len, DOCUMENTS.values())) > 40
 
 
@@ -297,12 +293,12 @@ def test_the_documents_have_examples() -> None:
         ("text\n\n    python -m convert_to_quant demo --bad\n", "is misused"),
     ],
 )
-def test_a_broken_example_is_found(broken: str, said: str, stand_ins: Path) -> None:
+def test_a_broken_example_is_found(broken, said, stand_ins):
     with pytest.raises(AssertionError, match=said):
         run(examples_of(broken), stand_ins)
 
 
-def test_examples_are_found_in_every_form() -> None:
+def test_examples_are_found_in_every_form():
     text = "\n".join([
         "```console", "convert_to_quant -i a \\", "  -o b  # c", "```", "", "- in a list:", "", "      make test", "",
         "    Load → Save", "", "```text", "not this", "```",
@@ -314,7 +310,7 @@ def test_examples_are_found_in_every_form() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_within_sentences_are_valid(page: Path) -> None:
+def test_commands_within_sentences_are_valid(page):
     tokens = tokens_of(page.read_text(encoding="utf-8"))
     for before, token in pairwise(tokens):
         words = token.content.split()
@@ -323,7 +319,7 @@ def test_commands_within_sentences_are_valid(page: Path) -> None:
             parse(words[1:])
 
 
-def test_every_flag_in_the_pages_exists() -> None:
+def test_every_flag_in_the_pages_exists():
     actions = [action for parsers in PARSERS.values() for parser in parsers for action in parser._actions]
     known = {option for action in actions for option in action.option_strings}
     paths = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("f*/*.py")]
@@ -345,7 +341,7 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_and_images_exist(page: Path) -> None:
+def test_links_and_images_exist(page):
     tokens = tokens_of(page.read_text(encoding="utf-8"))
     targets = [str(token.attrGet("href") or token.attrGet("src") or "") for token in tokens]
     for target in targets:

@@ -13,7 +13,7 @@ from released import Shapes, layouts, small
 
 import convert_to_quant
 from convert_to_quant.errors import OptionError
-from convert_to_quant.families import FAMILIES, GENERIC, Family, detect, family, module_names
+from convert_to_quant.families import FAMILIES, GENERIC, detect, family, module_names
 from convert_to_quant.families.rules import rules
 from convert_to_quant.names import other_part, strip_prefix
 
@@ -51,21 +51,21 @@ def fitting(shapes: Shapes) -> set[str]:
 
 
 @pytest.mark.parametrize(("known", "shapes"), BY_NAME.items(), ids=map(str, BY_NAME))
-def test_a_model_is_recognized_as_its_family_and_no_other(known: str | None, shapes: Shapes) -> None:
+def test_a_model_is_recognized_as_its_family_and_no_other(known, shapes):
     found = detect(shapes, shapes)
     assert (found.name if found else None) == known
     assert fitting(shapes) == ({known} if known else set())
 
 
 @pytest.mark.parametrize("shapes", RELEASED.values(), ids=RELEASED)
-def test_a_released_model_is_of_one_family(shapes: Shapes) -> None:
+def test_a_released_model_is_of_one_family(shapes):
     """docs/models.md shows which, and which layers it keeps: see test_layouts.py."""
     found = detect(shapes, shapes)
     assert found is not None
     assert fitting(shapes) == {found.name}
 
 
-def test_every_signature_is_needed_by_a_model_above() -> None:
+def test_every_signature_is_needed_by_a_model_above():
     models = [(module_names(shapes), shapes) for shapes in (*RELEASED.values(), *BY_NAME.values())]
     for entry in (entry for entry in FAMILIES.values() if entry.architecture):
         for signature in entry.signatures:
@@ -79,23 +79,23 @@ TABLES = [known for known in FAMILIES.values() if known.blocks]
 
 
 @pytest.mark.parametrize("known", TABLES, ids=[known.name for known in TABLES])
-def test_a_layer_outside_the_blocks_that_no_table_knows_is_kept(known: Family) -> None:
+def test_a_layer_outside_the_blocks_that_no_table_knows_is_kept(known):
     assert known.kept_because("brand_new_adapter.3.linear") == "outside the repeated blocks"
 
 
-def test_the_order_of_names_does_not_matter() -> None:
+def test_the_order_of_names_does_not_matter():
     names = list(RELEASED["flux1_dev"])
     first, second = detect(names, {}), detect(names[::-1], {})
     assert first is second is FAMILIES["flux1"]
 
 
-def test_sdxl_needs_shapes_because_its_names_are_those_of_older_models() -> None:
+def test_sdxl_needs_shapes_because_its_names_are_those_of_older_models():
     shapes = RELEASED["sdxl_unet"]
     assert detect(shapes, {}) is detect([], {}) is None
     assert detect(shapes, {name: shape[:1] for name, shape in shapes.items()}) is None
 
 
-def test_a_name_is_matched_in_whole_parts() -> None:
+def test_a_name_is_matched_in_whole_parts():
     flux = family("flux1")
     assert flux.kept_because("img_in") == "image embedder: feeds every block"
     assert flux.kept_because("single_blocks_of.0.linear1") == "outside the repeated blocks"
@@ -104,13 +104,13 @@ def test_a_name_is_matched_in_whole_parts() -> None:
 
 
 @pytest.mark.parametrize("spelling", ["qwen-image", "qwen_image", "Qwen-Image", "QwenImage", "qwen image"])
-def test_presets_may_be_spelled_freely(spelling: str) -> None:
+def test_presets_may_be_spelled_freely(spelling):
     assert family(spelling) is FAMILIES["qwen-image"]
     assert family("generic") is GENERIC  # a preset that is never detected
     assert "generic" not in FAMILIES
 
 
-def test_an_unknown_preset_names_the_nearest_and_all() -> None:
+def test_an_unknown_preset_names_the_nearest_and_all():
     with pytest.raises(
         OptionError, match=r"unknown preset 'huyuan-video' \(did you mean 'hunyuan-video'\? presets: auraflow, chroma, "
     ):
@@ -134,11 +134,11 @@ def test_an_unknown_preset_names_the_nearest_and_all() -> None:
         ("net.text_encoder.0", None),
     ],
 )
-def test_text_encoders_and_vaes_in_a_full_checkpoint_are_recognized(name: str, title: str | None) -> None:
+def test_text_encoders_and_vaes_in_a_full_checkpoint_are_recognized(name, title):
     assert other_part(name) == title
 
 
-def test_no_layer_of_a_diffusion_model_counts_as_another_part() -> None:
+def test_no_layer_of_a_diffusion_model_counts_as_another_part():
     for prefix, shapes in product(
         ["", "model.diffusion_model.", "diffusion_model.", "net.", "transformer."], RELEASED.values()
     ):
@@ -229,7 +229,7 @@ print(convert_to_quant.__file__)
 """
 
 
-def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
+def test_a_new_family_is_one_new_file(tmp_path):
     """A family that the package does not know can be used for everything."""
     package = Path(convert_to_quant.__file__).parent
     copy = tmp_path / "convert_to_quant"

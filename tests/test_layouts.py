@@ -74,7 +74,7 @@ def row(name: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", layouts())
-def test_a_released_layout_is_what_the_page_says(name: str, tmp_path: Path) -> None:
+def test_a_released_layout_is_what_the_page_says(name, tmp_path):
     expected = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
     assert [row(name, tmp_path)] == expected
 
@@ -107,7 +107,7 @@ AUTHORS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_rules_for_names_move_the_rows_that_diffusers_converter_moves(name: str, tmp_path: Path) -> None:
+def test_rules_for_names_move_the_rows_that_diffusers_converter_moves(name, tmp_path):
     from diffusers.loaders import single_file_utils
 
     with opened(layouts()[name], tmp_path) as checkpoint:
@@ -126,7 +126,7 @@ def test_rules_for_names_move_the_rows_that_diffusers_converter_moves(name: str,
 
 
 @pytest.mark.parametrize("name", CONVERTERS)
-def test_module_names_mean_these_rows_whatever_the_family(name: str, tmp_path: Path) -> None:
+def test_module_names_mean_these_rows_whatever_the_family(name, tmp_path):
     with opened(layouts()[name], tmp_path) as checkpoint:
         plan = model_engine.plan(checkpoint)
     layers = {layer.name.removeprefix(plan.table.prefix): layer.shape for layer in plan.table.plain.values()}
@@ -144,7 +144,7 @@ def test_module_names_mean_these_rows_whatever_the_family(name: str, tmp_path: P
     assert len(compared) >= 0.9 * len(layers)
 
 
-def test_the_page_has_a_row_for_each_layout_and_nothing_else() -> None:
+def test_the_page_has_a_row_for_each_layout_and_nothing_else():
     rows = PAGE.read_text(encoding="utf-8").removeprefix(INTRODUCTION).splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == list(layouts())
 

@@ -52,21 +52,19 @@ MODELS: dict[str, Layers] = {
         ("face_adapter.fuser_blocks.2.linear1_kv", (2, 3), "face_adapter.2.to_v", (1, 2)),
     ],
 )
-def test_parts_of_a_layer_follow_its_size(
-    hidden: int, layer: str, shape: tuple[float, float], name: str, rows: tuple[float, float]
-) -> None:
+def test_parts_of_a_layer_follow_its_size(hidden, layer, shape, name, rows):
     (out_features, in_features), (first, stop) = ([int(hidden * each) for each in pair] for pair in (shape, rows))
     assert diffusers_targets({layer: (out_features, in_features)})[name] == Target(layer, (first, stop))
 
 
 @pytest.mark.parametrize("shape", [(31, 32), (97, 32), (98, 32), (32, 32), (8, 32), (128, 32), (129, 32)])
-def test_a_layer_whose_shape_is_not_fused_is_not_sliced(shape: tuple[int, int]) -> None:
+def test_a_layer_whose_shape_is_not_fused_is_not_sliced(shape):
     assert not [t for t in diffusers_targets({"double_blocks.0.img_attn.qkv": shape}).values() if t.rows]
     assert "single_transformer_blocks.0.attn.to_q" not in diffusers_targets({"single_blocks.0.linear1": (96, 32)})
 
 
 @pytest.mark.parametrize(("pieces", "swapped"), [(6, False), (2, True)])
-def test_only_a_layer_of_two_pieces_has_its_halves_swapped(pieces: int, swapped: bool) -> None:
+def test_only_a_layer_of_two_pieces_has_its_halves_swapped(pieces, swapped):
     targets = diffusers_targets({"joint_blocks.1.context_block.adaLN_modulation.1": (pieces * 48, 48)})
     assert targets["transformer_blocks.1.norm1_context.linear"].swap_halves is swapped
 
@@ -78,11 +76,11 @@ def test_only_a_layer_of_two_pieces_has_its_halves_swapped(pieces: int, swapped:
         *(f"{root}.img_attn.qkv" for root in ("double_blocks.0.extra", "double_blocks.zero", "my_double_blocks.0")),
     ],
 )
-def test_a_name_that_no_rule_covers_as_a_whole_means_itself(name: str) -> None:
+def test_a_name_that_no_rule_covers_as_a_whole_means_itself(name):
     assert diffusers_targets({name: (96, 32)}) == {name: Target(name)}
 
 
-def test_both_spellings_of_hunyuan_video_mean_the_same_rows() -> None:
+def test_both_spellings_of_hunyuan_video_mean_the_same_rows():
     authors, comfyui = MODELS["hunyuan-video"], layers_of("hunyuanvideo")
     renamed = dict(zip(authors, comfyui, strict=True))
     by_authors, by_comfyui = diffusers_targets(authors), diffusers_targets(comfyui)
@@ -92,7 +90,7 @@ def test_both_spellings_of_hunyuan_video_mean_the_same_rows() -> None:
     }
 
 
-def test_unet_blocks_are_counted_as_diffusers_counts_them() -> None:
+def test_unet_blocks_are_counted_as_diffusers_counts_them():
     inside = "transformer_blocks.7.attn2.to_k"
     same = {
         f"down_blocks.2.attentions.1.{inside}": f"input_blocks.8.1.{inside}",
@@ -105,14 +103,14 @@ def test_unet_blocks_are_counted_as_diffusers_counts_them() -> None:
     assert {name: targets[name].layer for name in same} == same
 
 
-def test_a_name_that_could_mean_two_layers_is_left_out_by_diffusers_targets_and_listed_by_lora_names() -> None:
+def test_a_name_that_could_mean_two_layers_is_left_out_by_diffusers_targets_and_listed_by_lora_names():
     layers = {"head.head": (16, 32), "final_layer.linear": (16, 32)}  # of two families, both "proj_out"
     assert "proj_out" not in diffusers_targets(layers)
     assert set(lora_names(layers).find("transformer.proj_out")) == {Target("head.head"), Target("final_layer.linear")}
 
 
 @pytest.mark.parametrize("layers", MODELS.values(), ids=MODELS)
-def test_no_lora_name_of_a_real_family_is_ambiguous(layers: Layers) -> None:
+def test_no_lora_name_of_a_real_family_is_ambiguous(layers):
     known = lora_names(layers)
     assert {name: meant for name, meant in (known.exact | known.squeezed).items() if len(meant) > 1} == {}
 
@@ -129,7 +127,7 @@ FLAT_PREFIXES = (
 
 
 @pytest.mark.parametrize("layers", MODELS.values(), ids=MODELS)
-def test_every_layer_answers_to_its_own_name_under_every_prefix(layers: Layers) -> None:
+def test_every_layer_answers_to_its_own_name_under_every_prefix(layers):
     known = lora_names(layers)
     for layer in layers:
         spellings = [prefix + layer for prefix in PREFIXES]
@@ -170,7 +168,7 @@ def covered(layers: Layers, spelling: str, diffusers: bool) -> str:
     return "all" if found == len(layers) else f"{found} of {len(layers)}"
 
 
-def test_the_table_of_spellings_in_the_documentation_is_true() -> None:
+def test_the_table_of_spellings_in_the_documentation_is_true():
     """`GOLDEN=write` updates it."""
     lines = [["", "", *MODELS], ["---"] * (2 + len(MODELS))]
     for who, (spelling, diffusers) in WRITERS.items():
@@ -187,14 +185,14 @@ def test_the_table_of_spellings_in_the_documentation_is_true() -> None:
     assert path.read_text(encoding="utf-8") == page
 
 
-def test_flattened_names_that_coincide_are_both_listed() -> None:
+def test_flattened_names_that_coincide_are_both_listed():
     known = lora_names({"a.b_c": (4, 4), "a_b.c": (4, 4)})
     assert {target.layer for target in known.find("lora_unet_a_b_c")} == {"a.b_c", "a_b.c"}
     assert known.find("a.b_c") == (Target("a.b_c"),)
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, unique=True))
-def test_block_numbers_are_kept_whole(blocks: list[int]) -> None:
+def test_block_numbers_are_kept_whole(blocks):
     known = lora_names({f"blocks.{block}.self_attn.q": (8, 8) for block in blocks})
     for block in range(100):
         name = f"lora_unet_blocks_{block}_self_attn_q"
@@ -202,23 +200,23 @@ def test_block_numbers_are_kept_whole(blocks: list[int]) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", *names.DECISIVE_PREFIXES, *names.FREQUENT_PREFIXES, "transformer."])
-def test_each_prefix_is_found_and_stripped(prefix: str) -> None:
+def test_each_prefix_is_found_and_stripped(prefix):
     listed = [prefix + "img_in.weight", prefix + "blocks.0.x.weight"]
     assert strip_prefix(listed) == (prefix, dict(zip(listed, ["img_in.weight", "blocks.0.x.weight"], strict=True)))
 
 
-def test_a_vae_in_the_same_file_is_left_out() -> None:
+def test_a_vae_in_the_same_file_is_left_out():
     found = strip_prefix(["first_stage_model.conv_in", "model.diffusion_model.x", "cond_stage_model.y"])
     assert found == ("model.diffusion_model.", {"model.diffusion_model.x": "x"})
 
 
-def test_an_ordinary_word_is_a_prefix_only_where_every_name_has_it() -> None:
+def test_an_ordinary_word_is_a_prefix_only_where_every_name_has_it():
     assert strip_prefix(["net.x", "proj.y"])[0] == ""
     assert strip_prefix(["net.x", "net.y", "scaled_fp8"]) == ("net.", {"net.x": "x", "net.y": "y"})
     assert strip_prefix([]) == ("", {})
 
 
-def test_rules_hold_the_same_wildcards_on_both_sides() -> None:
+def test_rules_hold_the_same_wildcards_on_both_sides():
     for record in RECORDS:
         for rule in (*record.names, *record.spellings, *record.lora):
             assert re.findall(r"\*+", rule.layer) == re.findall(r"\*+", rule.other), rule

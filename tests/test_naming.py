@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ SPELLINGS = {
 
 
 @pytest.fixture
-def file(save: Callable[..., Path], build: Any) -> Callable[..., Path]:
+def file(save, build):
     """file({layer: shape}): an FP8 file."""
 
     def make(shapes: dict[str, tuple[int, int]]) -> Path:
@@ -46,7 +45,7 @@ def file(save: Callable[..., Path], build: Any) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def table(file: Callable[..., Path]) -> Callable[..., Any]:
+def table(file):
     """table({layer: shape}): the layers of an FP8 file."""
 
     def make(shapes: dict[str, tuple[int, int]]) -> Any:
@@ -58,9 +57,7 @@ def table(file: Callable[..., Path]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("onto", SPELLINGS)
 @pytest.mark.parametrize("recorded", SPELLINGS)
-def test_statistics_go_from_every_spelling_to_every_other(
-    statistics: Callable[..., Any], table: Callable[..., Any], recorded: str, onto: str
-) -> None:
+def test_statistics_go_from_every_spelling_to_every_other(statistics, table, recorded, onto):
     *attention, mlp = SPELLINGS[recorded]
     seen = statistics(SPELLINGS[recorded]).with_facts(depends_on_conditioning=[mlp])
 
@@ -76,9 +73,7 @@ def test_statistics_go_from_every_spelling_to_every_other(
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_a_calibration_puts_ranges_onto_every_spelling(
-    statistics: Callable[..., Any], file: Callable[..., Path], spelling: str
-) -> None:
+def test_a_calibration_puts_ranges_onto_every_spelling(statistics, file, spelling):
     with open_checkpoint(file(SPELLINGS[spelling])) as checkpoint:
         calibration = apply_statistics(checkpoint, statistics(RECORDED, 448.0), SolveOptions(margin=1.0))
     *attention, mlp = SPELLINGS[spelling]
@@ -86,7 +81,7 @@ def test_a_calibration_puts_ranges_onto_every_spelling(
     assert calibration.notes == []
 
 
-def test_layers_that_were_not_recorded_are_named(statistics: Callable[..., Any], table: Callable[..., Any]) -> None:
+def test_layers_that_were_not_recorded_are_named(statistics, table):
     other = "double_blocks.1.img_mlp.0"
     partial = table({QKV: (48, 16), MLP: (32, 16), other: (64, 16)})
 
@@ -98,9 +93,7 @@ def test_layers_that_were_not_recorded_are_named(statistics: Callable[..., Any],
         for_checkpoint(statistics({"other": (4, 4)}), partial, force=True)
 
 
-def test_text_encoders_in_the_same_file_are_left_alone(
-    statistics: Callable[..., Any], file: Callable[..., Path]
-) -> None:
+def test_text_encoders_in_the_same_file_are_left_alone(statistics, file):
     layer, encoder = f"model.diffusion_model.{QKV}", "text_encoders.t5.layer.0"
     with open_checkpoint(file({layer: (48, 16), encoder: (16, 16)})) as checkpoint:
         calibration = apply_statistics(checkpoint, statistics(RECORDED))
@@ -112,9 +105,7 @@ def test_text_encoders_in_the_same_file_are_left_alone(
 
 
 @pytest.mark.parametrize("word", ["_orig_mod.", "module.", "dit.", "first."])
-def test_statistics_of_a_wrapped_file_fit_it_and_a_bare_one(
-    statistics: Callable[..., Any], table: Callable[..., Any], word: str
-) -> None:
+def test_statistics_of_a_wrapped_file_fit_it_and_a_bare_one(statistics, table, word):
     wrapped = {word + name: shape for name, shape in RECORDED.items()}
     assert dict(for_checkpoint(statistics(wrapped), table(wrapped)).layers) == wrapped
     if word != "first.":  # an unknown prefix
@@ -122,7 +113,7 @@ def test_statistics_of_a_wrapped_file_fit_it_and_a_bare_one(
 
 
 @pytest.fixture
-def models(save: Callable[..., Path]) -> Callable[..., Path]:
+def models(save):
     """models(seed): a file with two layers of random float32 weights."""
 
     def make(seed: int) -> Path:
@@ -134,9 +125,7 @@ def models(save: Callable[..., Path]) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("fmt", WRITTEN)
-def test_statistics_know_their_model_in_every_format_and_no_other_of_its_shapes(
-    statistics: Callable[..., Any], models: Callable[..., Path], tmp_path: Path, fmt: str
-) -> None:
+def test_statistics_know_their_model_in_every_format_and_no_other_of_its_shapes(statistics, models, tmp_path, fmt):
     recorded = statistics({QKV: (256, 256), MLP: (256, 256)})
     with open_checkpoint(models(1)) as checkpoint:
         recorded = knowing_weights(recorded, find_layers(checkpoint))

@@ -64,7 +64,7 @@ def spread_over_bins(counts: Mapping[int, int], absmax: float, points: int = 400
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("factor", [0.2, 1.0, 1.3, 4.0, 500.0], ids=lambda f: f"scale {f} x absmax/448")
-def test_expected_errors_equal_brute_force_over_values_spread_evenly_within_bins(seed: int, factor: float) -> None:
+def test_expected_errors_equal_brute_force_over_values_spread_evenly_within_bins(seed, factor):
     rng = np.random.default_rng(seed)
     absmax, zeros = float(np.float32(rng.uniform(1, 60))), 700
     top = int(np.float32(absmax).view(np.uint32) >> 19)
@@ -84,12 +84,12 @@ def test_expected_errors_equal_brute_force_over_values_spread_evenly_within_bins
     assert found.vanished[0] == pytest.approx(np.sum(weights[values < 2.0**-10 * scale]) / total, abs=1e-3)
 
 
-def test_at_absmax_nothing_is_clipped_though_the_scale_is_rounded_to_float32() -> None:
+def test_at_absmax_nothing_is_clipped_though_the_scale_is_rounded_to_float32():
     for absmax in np.random.default_rng(2).uniform(1, 2, 50).astype(np.float32):
         assert solve_one([[absmax, 0.5]]).clipped_after == 0
 
 
-def test_absmax_scale_is_margin_times_the_largest_magnitude_over_448_in_float32() -> None:
+def test_absmax_scale_is_margin_times_the_largest_magnitude_over_448_in_float32():
     result, wide = solve_one([[0.1, -3.7], [2.0, 0.0]]), solve_one([[0.1, -3.7], [2.0, 0.0]], margin=2.0)
     assert result.scale_after == float(np.float32(np.float64(np.float32(3.7)) / 448))
     assert wide.scale_after == 2 * result.scale_after
@@ -101,7 +101,7 @@ def test_absmax_scale_is_margin_times_the_largest_magnitude_over_448_in_float32(
     assert replace(same, full_precision_after=True).changed
 
 
-def test_percentile_scale_is_the_quantile_over_448() -> None:
+def test_percentile_scale_is_the_quantile_over_448():
     rows = np.abs(np.random.default_rng(4).standard_normal((100, 100))).astype(np.float32)
     result = solve_one(rows, method="percentile", percentile=90.0)
     assert result.range == pytest.approx(np.quantile(rows, 0.9), rel=1 / 16)
@@ -111,12 +111,12 @@ def test_percentile_scale_is_the_quantile_over_448() -> None:
     assert solve_one(rows, method="percentile", percentile=100).scale_after == solve_one(rows).scale_after
 
 
-def test_percentile_that_falls_on_zeros_keeps_the_scale_and_says_so() -> None:
+def test_percentile_that_falls_on_zeros_keeps_the_scale_and_says_so():
     result = solve_one([[0.0, 0.0, 0.0, 5.0]], method="percentile", percentile=50)
     assert (result.scale_after, result.reason) == (1.0, "its percentile 50 is 0: keeps its scale")
 
 
-def test_e5m2_inputs_are_solved_on_their_own_grid() -> None:
+def test_e5m2_inputs_are_solved_on_their_own_grid():
     rows = np.random.default_rng(13).standard_normal((200, 64)).astype(np.float32) * 100
     rows[:2] *= 2.0**-28  # under 32 of E5M2's smallest steps, and E4M3 would lose far larger ones
     rows[2:20] *= 2.0**-14
@@ -133,7 +133,7 @@ def test_e5m2_inputs_are_solved_on_their_own_grid() -> None:
     assert solve_one(rows, row_loss_limit=0.5).rows_lost == pytest.approx(0.1)
 
 
-def test_a_layer_never_seen_keeps_its_scale_and_is_named() -> None:
+def test_a_layer_never_seen_keeps_its_scale_and_is_named():
     statistics = seen({"ran": [[1.0]], "never ran": None, "unseen": None}).with_facts(unseen=["unseen", "ran"])
     state = Present(0.25, True, SHAPE)
     results = solve(statistics, dict.fromkeys(["never ran", "ran", "not recorded", "unseen"], state))
@@ -148,14 +148,14 @@ def test_a_layer_never_seen_keeps_its_scale_and_is_named() -> None:
 
 
 @pytest.mark.parametrize("method", ["absmax", "percentile"])
-def test_a_layer_seen_only_as_zeros_keeps_its_scale_and_precision(method: Any) -> None:
+def test_a_layer_seen_only_as_zeros_keeps_its_scale_and_precision(method):
     result = solve_one(np.zeros((3, 4)), Present(0.5, False, SHAPE), 1, method=method, full_precision_budget=1.0)
     assert (result.scale_after, result.full_precision_after, result.range) == (0.5, False, 0.0)
     assert result.reason == "seen only as zeros: keeps its scale"
     json.dumps(asdict(result), allow_nan=False)
 
 
-def test_a_current_scale_of_zero_is_replaced_and_reported_without_costs() -> None:
+def test_a_current_scale_of_zero_is_replaced_and_reported_without_costs():
     result = solve_one([[2.0]], Present(0.0, False, SHAPE))
     assert result.scale_after == float(np.float32(2 / 448))
     assert (result.sqnr_before_db, result.clipped_before, result.vanished_before) == (None, None, None)
@@ -164,7 +164,7 @@ def test_a_current_scale_of_zero_is_replaced_and_reported_without_costs() -> Non
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_non_finite_inputs_are_an_error_that_names_the_layer(bad: float) -> None:
+def test_non_finite_inputs_are_an_error_that_names_the_layer(bad):
     statistics = seen({"fine": [[1.0]], "broken": [[1.0, bad, bad]], "also broken": [[bad]]})
     with pytest.raises(CalibrationError) as caught:
         solve(statistics, present("fine", "broken", "also broken"))
@@ -175,7 +175,7 @@ def test_non_finite_inputs_are_an_error_that_names_the_layer(bad: float) -> None
     solve(statistics, present("fine"))  # a layer that nobody asks about hurts nobody
 
 
-def test_a_tiny_scale_is_kept_but_reported_unless_float16_safe_raises_it() -> None:
+def test_a_tiny_scale_is_kept_but_reported_unless_float16_safe_raises_it():
     rows = [[2.0**-15 * 100]]
     kept, raised = solve_one(rows), solve_one(rows, float16_safe=True)
     assert kept.scale_after == float(np.float32(2.0**-15 * 100 / 448))
@@ -186,7 +186,7 @@ def test_a_tiny_scale_is_kept_but_reported_unless_float16_safe_raises_it() -> No
     assert np.isfinite(np.float16(1) / np.float16(raised.scale_after))
 
 
-def test_final_scale_is_float32_positive_and_refuses_what_is_not_finite() -> None:
+def test_final_scale_is_float32_positive_and_refuses_what_is_not_finite():
     assert final_scale(0.1, "layer") == float(np.float32(0.1))
     assert final_scale(1e-60, "layer") == float(np.finfo(np.float32).tiny)
     assert final_scale(1e-9, "layer", float16_safe=True) == 2.0**-15
@@ -194,7 +194,7 @@ def test_final_scale_is_float32_positive_and_refuses_what_is_not_finite() -> Non
         final_scale(1e39, "layer")
 
 
-def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision() -> None:
+def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision():
     rows = np.ones((100, 8))
     rows[0] = 66000.0  # one outlier token: s = 147, so a row of ones lies far under 2^-4 s
     result = solve_one(rows)
@@ -208,7 +208,7 @@ def test_a_layer_that_would_lose_its_small_rows_computes_in_full_precision() -> 
     assert solve_one(rows, row_loss_limit=0.2499).full_precision_after
 
 
-def test_one_token_layers_compute_in_full_precision_by_default() -> None:
+def test_one_token_layers_compute_in_full_precision_by_default():
     result = solve_one([[1.0, 2.0]], rows_per_sample=1)
     assert (result.full_precision_after, result.cause) == (True, "one row")
     assert result.reason == "full precision: one token per image, which costs nothing"
@@ -218,7 +218,7 @@ def test_one_token_layers_compute_in_full_precision_by_default() -> None:
     assert solve_one([[1.0]], Present(1.0, True, SHAPE)).full_precision_after, "it is never taken away"
 
 
-def test_kept_layers_keep_their_scale_and_precision() -> None:
+def test_kept_layers_keep_their_scale_and_precision():
     rows = np.ones((100, 8))
     rows[0] = 66000.0
     statistics = seen({"blocks.0.mlp": rows, "blocks.1.mlp": rows, "head": rows})
@@ -239,7 +239,7 @@ def bought_first(rows: dict[str, Any], share: float, **options: Any) -> set[str]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.35, 0.999, 1.0])
-def test_the_budget_is_spent_on_the_worst_layers_and_never_exceeded(share: float) -> None:
+def test_the_budget_is_spent_on_the_worst_layers_and_never_exceeded(share):
     """Ten layers of one size, the higher the number the worse its inputs suit FP8."""
     rng = np.random.default_rng(8)
     rows = {}
@@ -252,7 +252,7 @@ def test_the_budget_is_spent_on_the_worst_layers_and_never_exceeded(share: float
     assert bought_first(rows, share) == set(worst[: int(share * 10 + 1e-9)])
 
 
-def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones() -> None:
+def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones():
     rng = np.random.default_rng(9)
     # At scale 1 the step is 32 for both, and the signal is smaller where values are.
     worst, fine = rng.uniform(256, 288, (90, 32)), rng.uniform(416, 448, (10, 32))
@@ -260,7 +260,7 @@ def test_a_layer_too_large_for_the_budget_leaves_it_to_smaller_ones() -> None:
     assert bought_first({"large": worst, "small": fine}, 0.2) == {"small"}
 
 
-def test_the_budget_goes_to_lost_rows_first_although_the_whole_tensor_looks_fine() -> None:
+def test_the_budget_goes_to_lost_rows_first_although_the_whole_tensor_looks_fine():
     ordinary = np.random.default_rng(11).standard_normal((100, 32))
     outlier = ordinary.copy()
     outlier[0, 0] = 66000.0
@@ -268,7 +268,7 @@ def test_the_budget_goes_to_lost_rows_first_although_the_whole_tensor_looks_fine
     assert bought_first(rows, 0.34) == {"blocks.0.outlier"}
 
 
-def test_of_equal_errors_the_budget_goes_to_late_blocks_and_to_small_layers() -> None:
+def test_of_equal_errors_the_budget_goes_to_late_blocks_and_to_small_layers():
     ordinary = np.random.default_rng(12).standard_normal((100, 32))
     blocks = {f"blocks.{number}.a": ordinary for number in range(4)}
     assert bought_first(blocks, 0.25) == {"blocks.3.a"}
@@ -277,7 +277,7 @@ def test_of_equal_errors_the_budget_goes_to_late_blocks_and_to_small_layers() ->
 
 
 @pytest.mark.parametrize(("error", "first"), [(4.1, "large"), (3.9, "small")])
-def test_eight_times_the_work_must_be_worth_four_times_the_error(error: float, first: str) -> None:
+def test_eight_times_the_work_must_be_worth_four_times_the_error(error, first):
     (one,) = solve(seen({"layer": np.ones((10, 32))}), present("layer"))
     results = [replace(one, layer="large", multiply_adds=8000), replace(one, layer="small", multiply_adds=1000)]
     options = SolveOptions(full_precision_budget=8 / 9)  # for either, not for both
@@ -285,7 +285,7 @@ def test_eight_times_the_work_must_be_worth_four_times_the_error(error: float, f
     assert [result.layer for result in spent if result.cause == "budget"] == [first]
 
 
-def test_full_precision_that_is_needed_is_no_part_of_the_budget() -> None:
+def test_full_precision_that_is_needed_is_no_part_of_the_budget():
     rows = np.ones((100, 32))
     rows[0] = 66000.0
     results = solve(seen({"lost": rows, "other": np.ones((100, 32))}), present("lost", "other"),
@@ -294,7 +294,7 @@ def test_full_precision_that_is_needed_is_no_part_of_the_budget() -> None:
 
 
 @pytest.mark.parametrize("exponent", [-6, 0, 5])
-def test_lost_rows_are_those_whose_own_largest_value_is_under_a_sixteenth_of_the_scale(exponent: int) -> None:
+def test_lost_rows_are_those_whose_own_largest_value_is_under_a_sixteenth_of_the_scale(exponent):
     rng = np.random.default_rng(exponent + 6)
     rows = rng.standard_normal((200, 32)) * 2.0 ** rng.uniform(-12, 4, (200, 1))
     rows[:20] = 0  # a row of zeros loses nothing

@@ -60,7 +60,7 @@ def of_values(values: NDArray[Any]) -> Statistics:
     return empty.replace(histogram=bins, row_histogram=bins, sigma_absmax=absmax)
 
 
-def test_bins_are_the_upper_bits_of_float32() -> None:
+def test_bins_are_the_upper_bits_of_float32():
     edges = BIN_EDGES[:-1].astype(np.float32)
     assert (edges == BIN_EDGES[:-1]).all()
     assert (edges.view(np.uint32) >> 19 == np.arange(NONFINITE_BIN)).all()
@@ -79,11 +79,11 @@ def test_bins_are_the_upper_bits_of_float32() -> None:
         *[(1.0001, 8), (-0.1, 8), (float("nan"), 8), (float("inf"), 8), (999.0, 8)],
     ],
 )
-def test_noise_levels_have_eight_bins_and_one_for_the_unknown(sigma: float | None, column: int) -> None:
+def test_noise_levels_have_eight_bins_and_one_for_the_unknown(sigma, column):
     assert sigma_bin(sigma) == column
 
 
-def test_merging_is_the_same_in_every_order_and_grouping() -> None:
+def test_merging_is_the_same_in_every_order_and_grouping():
     runs = [random_statistics(seed) for seed in range(4)]
     whole = merge(*runs)
     for order in itertools.permutations(runs):
@@ -96,7 +96,7 @@ def test_merging_is_the_same_in_every_order_and_grouping() -> None:
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_every_column_adds_up_except_the_two_maxima(name: str) -> None:
+def test_every_column_adds_up_except_the_two_maxima(name):
     parts = [random_statistics(seed) for seed in range(3)]
     if name.endswith("histogram"):
         parts = [part.replace(**{name: getattr(part, name) + 1}) for part in parts]  # a bin that all have
@@ -108,7 +108,7 @@ def test_every_column_adds_up_except_the_two_maxima(name: str) -> None:
         assert np.array_equal(together, sum(columns))
 
 
-def test_mean_squares_are_those_of_each_noise_level_and_of_all_together() -> None:
+def test_mean_squares_are_those_of_each_noise_level_and_of_all_together():
     empty = Statistics.empty({"x": (1, 2), "y": (1, 2)})
     count, squares = empty.sigma_count.copy(), empty.sigma_squares.copy()
     for column, (values, square_sum) in {0: (4, 1), 3: (2, 50), 8: (10, 200)}.items():
@@ -120,7 +120,7 @@ def test_mean_squares_are_those_of_each_noise_level_and_of_all_together() -> Non
     assert seen.mean_square.tolist() == [251 / 16, 0.0]
 
 
-def test_statistics_are_equal_only_where_everything_is() -> None:
+def test_statistics_are_equal_only_where_everything_is():
     stats = random_statistics(0)
     assert stats == random_statistics(0)
     assert stats != "statistics"
@@ -134,7 +134,7 @@ def test_statistics_are_equal_only_where_everything_is() -> None:
     assert all(other != stats for other in others)
 
 
-def test_facts_and_layers_left_out_are_added_to_those_before() -> None:
+def test_facts_and_layers_left_out_are_added_to_those_before():
     stats = random_statistics(0).with_facts(engine={"b", "a"}, lora=[2, 1, 1])
     assert stats.provenance == {"seed": ("0",), "engine": ("a", "b"), "lora": ("1", "2")}
     assert stats.samples == 1
@@ -143,7 +143,7 @@ def test_facts_and_layers_left_out_are_added_to_those_before() -> None:
     assert left.for_layers({"c": (4, 4), "x": (1, 1)}, force=True).left_out == ("old", "x")
 
 
-def test_a_model_is_known_by_names_and_shapes() -> None:
+def test_a_model_is_known_by_names_and_shapes():
     known = random_statistics(0).fingerprint
     assert random_statistics(1).fingerprint == known
     for layers in ({**LAYERS, "c": (4, 5)}, {**LAYERS, "c": (5, 4)}, {"b.attn": (8, 4), "a.mlp": (16, 8), "d": (4, 4)}):
@@ -156,7 +156,7 @@ def test_a_model_is_known_by_names_and_shapes() -> None:
     assert merge(a, b).take(LAYERS) == merge(a, random_statistics(1))
 
 
-def test_different_models_are_refused_and_forcing_keeps_what_matches() -> None:
+def test_different_models_are_refused_and_forcing_keeps_what_matches():
     a = random_statistics(0)
     b = random_statistics(1, {"a.mlp": (16, 8), "c": (4, 5), "d": (1, 1)})
     with pytest.raises(StatisticsError) as caught:
@@ -175,7 +175,7 @@ def test_different_models_are_refused_and_forcing_keeps_what_matches() -> None:
         merge()
 
 
-def test_weights_tell_models_of_the_same_shapes_apart() -> None:
+def test_weights_tell_models_of_the_same_shapes_apart():
     rng = np.random.default_rng(3)
     own, other = ({name: rng.standard_normal(SAMPLED).astype(np.float32) for name in LAYERS} for _ in range(2))
     noisy = {name: values * (1 + 0.3 * rng.standard_normal(SAMPLED)).astype(np.float32) for name, values in own.items()}
@@ -194,7 +194,7 @@ def test_weights_tell_models_of_the_same_shapes_apart() -> None:
     assert a.other_weights({name: 10 * values for name, values in own.items()}) == own.keys()
 
 
-def test_statistics_are_used_on_models_whose_layers_they_know() -> None:
+def test_statistics_are_used_on_models_whose_layers_they_know():
     stats = random_statistics(0)
     some = {"c": (4, 4), "b.attn": (8, 4)}
     assert stats.for_layers(some) == stats.take(some)
@@ -210,7 +210,7 @@ def test_statistics_are_used_on_models_whose_layers_they_know() -> None:
 
 @settings(deadline=None)
 @given(values=hnp.arrays(np.float32, st.integers(1, 80), elements=st.floats(0, 2.0**100, width=32)), q=st.floats(0, 1))
-def test_a_quantile_lies_in_the_bin_of_the_values_own(values: NDArray[np.float32], q: float) -> None:
+def test_a_quantile_lies_in_the_bin_of_the_values_own(values, q):
     found = of_values(values).quantiles(q)[0]
     rank = max(int(np.ceil(Fraction(q) * len(values))), 1)
     value = np.sort(values)[rank - 1]
@@ -219,7 +219,7 @@ def test_a_quantile_lies_in_the_bin_of_the_values_own(values: NDArray[np.float32
     assert found <= values.max()
 
 
-def test_the_last_quantile_is_absmax_and_an_empty_histogram_has_none() -> None:
+def test_the_last_quantile_is_absmax_and_an_empty_histogram_has_none():
     assert of_values(np.array([1.0, 2.01])).quantiles(1.0)[0] == np.float32(2.01)
     assert Statistics.empty({"x": (1, 1)}).quantiles(0.5).tolist() == [0.0]
     # The q-quantile is where a share q lies below: at the end of a bin, not in the next bin that holds anything.
@@ -230,7 +230,7 @@ def test_the_last_quantile_is_absmax_and_an_empty_histogram_has_none() -> None:
     assert uniform.quantiles(0.25) == pytest.approx([1.25], abs=1e-3)
 
 
-def test_rows_below_a_threshold_are_counted_exactly_at_edges_and_zero_rows_never() -> None:
+def test_rows_below_a_threshold_are_counted_exactly_at_edges_and_zero_rows_never():
     stats = of_values(np.array([0, 0, 0.25, 0.5, 1.0, 1.0, 2.0, 3e38]))
     for threshold, share in [(0.25, 0), (0.5, 1 / 8), (1.0, 2 / 8), (2.0, 4 / 8), (1e30, 5 / 8), (np.inf, 6 / 8)]:
         assert stats.rows_below(threshold).tolist() == [share]
@@ -238,7 +238,7 @@ def test_rows_below_a_threshold_are_counted_exactly_at_edges_and_zero_rows_never
     assert Statistics.empty({"x": (1, 1)}).rows_below(1.0).tolist() == [0.0]
 
 
-def test_a_file_gives_back_everything(tmp_path: Path) -> None:
+def test_a_file_gives_back_everything(tmp_path):
     stats = random_statistics(5).replace(left_out=("old",))
     path = tmp_path / "s.safetensors"
     stats.save(path, {"progress": "17"})
@@ -250,7 +250,7 @@ def test_a_file_gives_back_everything(tmp_path: Path) -> None:
     assert Statistics.load(path) == random_statistics(6)
 
 
-def test_other_tools_can_read_the_file(tmp_path: Path) -> None:
+def test_other_tools_can_read_the_file(tmp_path):
     stats = random_statistics(0)
     stats.save(tmp_path / "s.safetensors")
     with safe_open(tmp_path / "s.safetensors", "np") as file:
@@ -298,14 +298,14 @@ def edited(path: Path, drop: str | None = None, head: dict[str, Any] | None = No
         ({"head": {"left_out": [1, "a"]}}, "'left_out' in the header should be a list of texts"),
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_damaged_file_is_refused(tmp_path, change, message):
     path = edited(tmp_path / "s.safetensors", **change)
     with pytest.raises(StatisticsError, match=message) as caught:
         Statistics.load(path)
     assert str(caught.value).startswith(str(path))
 
 
-def test_a_checkpoint_is_not_taken_for_statistics(tmp_path: Path) -> None:
+def test_a_checkpoint_is_not_taken_for_statistics(tmp_path):
     path = tmp_path / "model.safetensors"
     for metadata, message in (({}, "not a statistics file"), ({METADATA_KEY: "{"}, "not JSON")):
         write_checkpoint(path, {"x": Entry.of(np.zeros(1))}, metadata)

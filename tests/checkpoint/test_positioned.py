@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +11,7 @@ from convert_to_quant.checkpoint.positioned import OPEN_FLAGS, pread, pwrite
 
 
 @pytest.mark.parametrize("lacking", [(), ("pread", "pwrite")], ids=["pread and pwrite", "neither, as on Windows"])
-def test_threads_write_and_read_their_own_places(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...]
-) -> None:
+def test_threads_write_and_read_their_own_places(tmp_path, monkeypatch, lacking):
     for name in lacking:
         monkeypatch.delattr(os, name)
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | OPEN_FLAGS)

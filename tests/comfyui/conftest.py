@@ -57,7 +57,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def figure() -> Callable[[str, float], float]:
+def figure():
     """figure(text, dB): keep a result for the summary."""
 
     def figure(text: str, value_db: float) -> float:
@@ -68,13 +68,13 @@ def figure() -> Callable[[str, float], float]:
 
 
 @pytest.fixture(scope="session")
-def tree() -> Path:
+def tree():
     """The ComfyUI tree."""
     return processes.tree()
 
 
 @pytest.fixture(scope="session")
-def comfyui(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[processes.ComfyUI]:
+def comfyui(tree, tmp_path_factory):
     """The running ComfyUI."""
     with closing(processes.ComfyUI(tree, tmp_path_factory.mktemp("comfyui"))) as running:
         yield running
@@ -113,7 +113,7 @@ def reranged(path: Path, reranging: Reranging) -> Path:
 
 
 @pytest.fixture(scope="session")
-def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Files]:
+def files(comfyui, tmp_path_factory):
     """files("hot"): a re-ranging of the emoji model, converted and calibrated by our command line."""
     folder = tmp_path_factory.mktemp("models")
 
@@ -135,9 +135,7 @@ def files(comfyui: processes.ComfyUI, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def server(
-    tree: Path, files: Callable[[str], Files], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[processes.Server]:
+def server(tree, files, tmp_path_factory):
     """A server with our pack, the emoji model, and its hot re-ranging in 16 bits and FP8, also under the names in the
     example workflows; `stand_ins.py` has its text encoders and VAE.
     """
@@ -165,7 +163,7 @@ def server(
 
 
 @pytest.fixture(scope="session")
-def changed() -> Callable[[Path, Path, Change], Path]:
+def changed():
     """changed(path, output, change): a changed copy of a file, made by the safetensors package; without configs,
     it has no header entry.
     """
@@ -222,9 +220,7 @@ CHANGES: Mapping[str, Change] = {
 
 
 @pytest.fixture(scope="session")
-def in_convention(
-    files: Callable[[str], Files], changed: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def in_convention(files, changed, tmp_path_factory):
     """in_convention("prefixed header only"): the calibrated plain model in a convention."""
     folder = tmp_path_factory.mktemp("conventions")
 
@@ -366,7 +362,7 @@ class Ours:
 
 
 @pytest.fixture(scope="session")
-def ours(comfyui: processes.ComfyUI) -> Ours:
+def ours(comfyui):
     """Our engine, on one thread, like ComfyUI's process: more are slower on a machine that has other work."""
     import torch
 
@@ -375,6 +371,6 @@ def ours(comfyui: processes.ComfyUI) -> Ours:
 
 
 @pytest.fixture(scope="session")
-def states(ours: Ours) -> dict[str, Tensor]:
+def states(ours):
     """Noisy latents on the original's way with their prompts, as ComfyUI takes them."""
     return ours.states()

@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import comfyui_server as double
@@ -43,7 +41,7 @@ def recorded(server: Any, nodes: dict[str, Any], prompts: list[str], seeds: list
 
 
 @pytest.fixture
-def drive(server: Any, tmp_path: Path) -> Callable[..., int]:
+def drive(server, tmp_path):
     """drive(workflow, flag, ...): our command on the server, into stats.safetensors."""
 
     def drive(nodes: dict[str, Any], *flags: str) -> int:
@@ -54,7 +52,7 @@ def drive(server: Any, tmp_path: Path) -> Callable[..., int]:
     return drive
 
 
-def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Any, tmp_path: Path) -> None:
+def test_statistics_are_those_of_the_nodes_own_runs(drive, server, tmp_path):
     (tmp_path / "prompts.txt").write_text("tulip\n\nbear face\n")
     files = ("--prompts", str(tmp_path / "prompts.txt"), "--json", str(tmp_path / "r.json"))
     by_hand = recorded(server, painting(), ["tulip", "tulip", "bear face", "bear face"], [7, 8, 9, 10], "paint")
@@ -71,7 +69,7 @@ def test_statistics_are_those_of_the_nodes_own_runs(drive: Any, server: Any, tmp
     assert {path.parent.name for path in new} == {"activation_stats"}  # no image or latent was written
 
 
-def test_two_models_are_recorded_apart(drive: Any, server: Any, tmp_path: Path) -> None:
+def test_two_models_are_recorded_apart(drive, server, tmp_path):
     nodes = painting()
     nodes["other"] = node("UNETLoader", unet_name="sub/hot.safetensors", weight_dtype="default")
     nodes["again"] = sampling(["other", 0], ["paint", 0], 2)
@@ -97,15 +95,13 @@ def test_two_models_are_recorded_apart(drive: Any, server: Any, tmp_path: Path) 
         ("size", node("FancySize"), "node size (FancySize): the server has no node of type FancySize"),
     ],
 )  # fmt: skip
-def test_a_run_that_is_refused_or_fails_is_told(
-    drive: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, changed: Any, said: str
-) -> None:
+def test_a_run_that_is_refused_or_fails_is_told(drive, tmp_path, capsys, name, changed, said):
     assert drive({**painting(), name: changed}) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "stats.safetensors").exists()
 
 
-def test_ctrl_c_leaves_the_server_as_it_was(server: Any, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_the_server_as_it_was(server, tmp_path):
     nodes = painting()
     nodes["paint"]["inputs"]["steps"] = 5000
     (tmp_path / "workflow.json").write_text(json.dumps(nodes))
@@ -126,7 +122,7 @@ def test_ctrl_c_leaves_the_server_as_it_was(server: Any, tmp_path: Path) -> None
     assert not (tmp_path / "stats.safetensors").exists()
 
 
-def test_totals_are_whole_on_a_server_that_remembers_nothing(server: Any, tree: Path, tmp_path: Path) -> None:
+def test_totals_are_whole_on_a_server_that_remembers_nothing(server, tree, tmp_path):
     by_hand = recorded(server, painting(), ["strawberry"] * 2, [42, 43], "paint")
     (tmp_path / "workflow.json").write_text(json.dumps(painting()))
     (tmp_path / "base").mkdir()
@@ -145,7 +141,7 @@ INVENTED = {"KSampler (Efficient)"}
 
 
 @pytest.mark.parametrize("name", double.NODES.keys() - INVENTED)
-def test_the_doubles_nodes_are_comfyuis(server: Any, name: str) -> None:
+def test_the_doubles_nodes_are_comfyuis(server, name):
     ours = NodeType.read(double.node_info(double.node_class(double.NODES[name], None)))
     real = NodeType.read(server.get(f"/object_info/{name}")[name])
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -22,7 +20,7 @@ NAMES = sorted(path.name.removesuffix("_api.json") for path in (DOCS / "workflow
 
 
 @pytest.fixture(scope="module")
-def maker(comfyui: Any) -> SimpleNamespace:
+def maker(comfyui):
     """The script that makes the images."""
     pytest.importorskip("playwright", reason="the editor is looked at through Playwright")
     pytest.importorskip("comfyui_frontend_package", reason="the editor is comfyui-frontend-package")
@@ -32,14 +30,14 @@ def maker(comfyui: Any) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def editor(maker: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def editor(maker, tmp_path_factory):
     """The editor in a browser."""
     with maker.serving(tmp_path_factory.mktemp("editor")) as address, maker.editor(address) as page:
         yield page
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_editor_reads_the_workflow_and_would_send_the_api_file(maker: Any, editor: Any, name: str) -> None:
+def test_the_editor_reads_the_workflow_and_would_send_the_api_file(maker, editor, name):
     graph, api = (
         json.loads((DOCS / "workflows" / f"{name}{ending}.json").read_text(encoding="utf-8")) for ending in ("", "_api")
     )

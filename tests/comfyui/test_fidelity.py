@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.comfyui
 
-Figure = Callable[[str, float], float]
-
 
 @pytest.fixture(scope="session")
-def sqnr_db(
-    comfyui: Any, files: Callable[[str], Any], ours: Any, states: dict[str, Any], figure: Figure
-) -> Callable[..., Any]:
+def sqnr_db(comfyui, files, ours, states, figure):
     """sqnr_db("hot"): velocity SQNR of the converted and of the calibrated file, mean over evaluations."""
 
     @cache
@@ -35,7 +29,7 @@ def sqnr_db(
 
 
 @pytest.mark.parametrize("name", ["hot", "cold"])
-def test_models_that_break_at_one_paint_after_calibration(sqnr_db: Callable[..., Any], name: str) -> None:
+def test_models_that_break_at_one_paint_after_calibration(sqnr_db, name):
     before, after = sqnr_db(name)
     plain_before, _ = sqnr_db("plain")
 
@@ -45,7 +39,7 @@ def test_models_that_break_at_one_paint_after_calibration(sqnr_db: Callable[...,
 
 
 @pytest.mark.parametrize("name", ["plain", "spiky", "wild"])
-def test_models_that_work_at_one_lose_nothing_by_calibration(sqnr_db: Callable[..., Any], name: str) -> None:
+def test_models_that_work_at_one_lose_nothing_by_calibration(sqnr_db, name):
     before, after = sqnr_db(name)
 
     assert after > before - 0.3

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -106,7 +106,7 @@ def written_as(layer: Layer) -> str:
 
 
 @pytest.fixture(scope="session")
-def written(files: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def written(files, tmp_path_factory):
     """written("int8"): the emoji model in a format, by our command line; "mixed" is in all of them, "original" in none,
     and "calibrated" in FP8 with input scales and layers in full precision.
     """
@@ -149,7 +149,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(comfyui: Any, ours: Any, states: dict[str, Tensor]) -> Bench:
+def bench(comfyui, ours, states):
     """ComfyUI, our engine, and what both are shown."""
     return Bench(comfyui, ours, {name: value[:2] for name, value in states.items()})
 
@@ -162,9 +162,7 @@ def formats_of(path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", [*READ, "mixed", *FORMATS_OF])
-def test_every_format_is_read_as_written_and_computes_what_we_simulate(
-    bench: Bench, written: Callable[[str], Path], figure: Any, name: str, dtype: str
-) -> None:
+def test_every_format_is_read_as_written_and_computes_what_we_simulate(bench, written, figure, name, dtype):
     import torch
 
     path = written(name)
@@ -198,9 +196,7 @@ def test_every_format_is_read_as_written_and_computes_what_we_simulate(
 
 
 @pytest.mark.parametrize("why", ["header", "tensors", "no hardware"])
-def test_full_precision_is_for_formats_of_floats_alone_in_033(
-    bench: Bench, written: Callable[[str], Path], changed: Any, tmp_path: Path, why: str
-) -> None:
+def test_full_precision_is_for_formats_of_floats_alone_in_033(bench, written, changed, tmp_path, why):
     # ComfyUI 0.33 multiplies whole numbers as they are, whatever a mark says; by their source, later versions do not.
     import torch
 
@@ -231,9 +227,7 @@ def test_full_precision_is_for_formats_of_floats_alone_in_033(
         assert {fmt for fmt, worst_db in marked.items() if worst_db >= SUMS_DB} == {"fp8", "mxfp8", "nvfp4", "none"}
 
 
-def test_static_scales_of_inputs_are_used_in_nvfp4_and_only_there(
-    bench: Bench, written: Callable[[str], Path], changed: Any, tmp_path: Path
-) -> None:
+def test_static_scales_of_inputs_are_used_in_nvfp4_and_only_there(bench, written, changed, tmp_path):
     import torch
 
     path, formats = written("mixed"), formats_of(written("mixed"))
@@ -261,9 +255,7 @@ def test_static_scales_of_inputs_are_used_in_nvfp4_and_only_there(
 
 
 @pytest.mark.parametrize("part", [None, 1])
-def test_loras_are_rounded_into_loaded_weights_and_added_to_others(
-    bench: Bench, written: Callable[[str], Path], figure: Any, tmp_path: Path, part: int | None
-) -> None:
+def test_loras_are_rounded_into_loaded_weights_and_added_to_others(bench, written, figure, tmp_path, part):
     import torch
     from safetensors.torch import save_file
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import inprocess_driver as asked
 import numpy as np
@@ -46,7 +45,7 @@ ZEROS: Mapping[str, tuple[str, ...]] = {"ACEStep": ("speaker_embedder",)}
 
 
 @pytest.fixture(scope="session")
-def inprocess(tree: Path) -> Iterator[Process]:
+def inprocess(tree):
     """A process that runs our command line, and ComfyUI inside of it."""
     with closing(Process(asked.start)) as running:
         yield running
@@ -69,9 +68,7 @@ def written(tree: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("weights", ["original", "converted"])
 @pytest.mark.parametrize("name", ["plain", "hot"])
-def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(
-    inprocess: Process, files: Callable[[str], Any], ours: Any, name: str, weights: str
-) -> None:
+def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(inprocess, files, ours, name, weights):
     from convert_to_quant.engines import diffusers
     from convert_to_quant.recorder import record
 
@@ -95,15 +92,13 @@ def test_recorded_ranges_are_those_of_our_own_engine_on_the_same_inputs(
 # ---------------------------------------------------------------- every family
 
 
-def test_every_family_that_comfyui_detects_has_a_tiny_model_or_a_reason(inprocess: Process) -> None:
+def test_every_family_that_comfyui_detects_has_a_tiny_model_or_a_reason(inprocess):
     assert set(inprocess.ask(asked.families)) <= MODELS.keys() | LEFT_OUT.keys()
     assert not MODELS.keys() & LEFT_OUT.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
-    inprocess: Process, name: str, tmp_path: Path
-) -> None:
+def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(inprocess, name, tmp_path):
     images = 1 if name in SLOW else 3
     code, said, detected = inprocess.ask(asked.tiny, name, tmp_path, images)
 
@@ -127,9 +122,7 @@ def test_a_tiny_model_is_detected_run_and_observed_on_every_layer(
 
 
 @pytest.mark.parametrize("name", ["Flux", "SD3", "AuraFlow"])
-def test_a_file_in_diffusers_layout_is_recorded_under_its_own_names(
-    inprocess: Process, name: str, tmp_path: Path
-) -> None:
+def test_a_file_in_diffusers_layout_is_recorded_under_its_own_names(inprocess, name, tmp_path):
     codes, parts = inprocess.ask(asked.diffusers_layout, name, tmp_path)
 
     assert codes == [0, 0]
@@ -142,7 +135,7 @@ def test_a_file_in_diffusers_layout_is_recorded_under_its_own_names(
         assert value == pytest.approx(expected[parts[layer]], rel=1e-5), layer
 
 
-def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inprocess: Process, tmp_path: Path) -> None:
+def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inprocess, tmp_path):
     """HunyuanVideo's authors call layers otherwise than ComfyUI."""
     from safetensors.torch import load_file, save_file
 
@@ -175,9 +168,7 @@ def test_renamed_layers_of_an_fp8_file_are_recorded_under_its_own_names(inproces
 
 
 @pytest.mark.parametrize("name", ["WAN21_T2V", "MiniMaxH3"])
-def test_recorded_ranges_are_those_behind_an_activation_that_is_folded_into_the_call(
-    inprocess: Process, name: str, tmp_path: Path
-) -> None:
+def test_recorded_ranges_are_those_behind_an_activation_that_is_folded_into_the_call(inprocess, name, tmp_path):
     met, recorded, products = inprocess.ask(asked.folded, name, tmp_path)
 
     assert met
@@ -191,9 +182,7 @@ def test_recorded_ranges_are_those_behind_an_activation_that_is_folded_into_the_
 # ---------------------------------------------------------------- the command
 
 
-def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(
-    inprocess: Process, files: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(inprocess, files, tmp_path):
     """Input scales are not in the file; the ranges of the run are those of full precision all the same."""
     said = observe(inprocess, files("hot").converted, tmp_path / "stats", *SMALL, "--samples", "3")
 
@@ -215,9 +204,7 @@ def test_the_hot_model_is_calibrated_from_a_run_in_comfyui(
         assert all(input_scale(checkpoint, layer) != 1.0 for layer in layers if not layer.full_precision)
 
 
-def test_a_run_that_was_stopped_goes_on_and_gives_the_same(
-    inprocess: Process, files: Callable[[str], Any], tmp_path: Path
-) -> None:
+def test_a_run_that_was_stopped_goes_on_and_gives_the_same(inprocess, files, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     model = files("plain").converted
     observe(inprocess, model, whole, *SMALL, "--samples", "4")
@@ -234,7 +221,7 @@ def test_a_run_that_was_stopped_goes_on_and_gives_the_same(
     assert not stopped.with_name("stopped.partial").exists()
 
 
-def test_a_lora_widens_the_ranges_behind_it(inprocess: Process, files: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_lora_widens_the_ranges_behind_it(inprocess, files, tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -261,7 +248,7 @@ def test_a_lora_widens_the_ranges_behind_it(inprocess: Process, files: Callable[
     assert dict(adapted.provenance)["lora"] == ("lora.safetensors",)
 
 
-def test_a_lora_of_another_model_is_refused(inprocess: Process, files: Callable[[str], Any], tmp_path: Path) -> None:
+def test_a_lora_of_another_model_is_refused(inprocess, files, tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -285,9 +272,7 @@ def test_a_lora_of_another_model_is_refused(inprocess: Process, files: Callable[
         ({"head.modulation": (1, 2, 128), "head.head.weight": (64, 128)}, "ComfyUI cannot load this model: KeyError"),
     ],
 )
-def test_what_comfyui_cannot_load_is_an_error_with_its_reason(
-    inprocess: Process, tensors: Mapping[str, tuple[int, ...]], message: str, tmp_path: Path
-) -> None:
+def test_what_comfyui_cannot_load_is_an_error_with_its_reason(inprocess, tensors, message, tmp_path):
     import torch
     from safetensors.torch import save_file
 
@@ -300,7 +285,7 @@ def test_what_comfyui_cannot_load_is_an_error_with_its_reason(
     assert not (tmp_path / "stats").exists()
 
 
-def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess: Process, tmp_path: Path) -> None:
+def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess, tmp_path):
     code, said, _ = inprocess.ask(asked.tiny, "HunyuanDiT1", tmp_path, 3)
     assert code == 0, said
     words = ["observe", str(tmp_path / "tiny.safetensors"), "-o", str(tmp_path / "auto"), *SMALL, "--samples", "3"]
@@ -314,7 +299,7 @@ def test_auto_takes_comfyui_for_what_diffusers_cannot_run(inprocess: Process, tm
     assert dict(Statistics.load(tmp_path / "auto").provenance)["engine"] == ("comfyui",)
 
 
-def test_comfyui_is_left_as_it_was_found(inprocess: Process, files: Callable[[str], Any], tmp_path: Path) -> None:
+def test_comfyui_is_left_as_it_was_found(inprocess, files, tmp_path):
     before = written(asked.TREE)
     observe(inprocess, files("plain").original, tmp_path / "stats", *SMALL, "--samples", "3")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +63,7 @@ def as_comfyui_reads(layers: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("convention", [*BARE, *PREFIXED])
-def test_every_layer_is_read_as_we_read(
-    comfyui: Any, in_convention: Callable[[str], Path], convention: str, loader: str
-) -> None:
+def test_every_layer_is_read_as_we_read(comfyui, in_convention, convention, loader):
     path = in_convention(convention)
     found_here = as_we_read(path)
 
@@ -80,9 +77,7 @@ def test_every_layer_is_read_as_we_read(
     assert all(layer["input_scale_dtype"] == "torch.float32" for layer in fp8)
 
 
-def test_calibrated_files_have_their_own_scales_and_full_precision(
-    comfyui: Any, in_convention: Callable[[str], Path]
-) -> None:
+def test_calibrated_files_have_their_own_scales_and_full_precision(comfyui, in_convention):
     # What the test above compares is not all alike: a reader that ignored it would be seen.
     layers = as_we_read(in_convention("default")).values()
     fp8 = [layer for layer in layers if layer["quant_format"]]
@@ -94,9 +89,7 @@ def test_calibrated_files_have_their_own_scales_and_full_precision(
 
 
 @pytest.mark.parametrize("name", ["converted", "legacy"])
-def test_files_before_calibration_have_scales_of_one(
-    comfyui: Any, files: Callable[[str], Any], in_convention: Callable[[str], Path], tmp_path: Path, name: str
-) -> None:
+def test_files_before_calibration_have_scales_of_one(comfyui, files, in_convention, tmp_path, name):
     from convert_to_quant.cli import main
 
     path = files("plain").converted
@@ -112,16 +105,12 @@ def test_files_before_calibration_have_scales_of_one(
 
 
 @pytest.mark.parametrize(("convention", "loader"), QUIET)
-def test_files_load_without_a_warning(
-    comfyui: Any, in_convention: Callable[[str], Path], convention: str, loader: str
-) -> None:
+def test_files_load_without_a_warning(comfyui, in_convention, convention, loader):
     assert comfyui.load(in_convention(convention), "read", loader=loader)["warnings"] == []
 
 
 @pytest.mark.parametrize("convention", ["prefixed", "prefixed header only"])
-def test_headers_of_prefixed_files_cost_one_harmless_warning(
-    comfyui: Any, in_convention: Callable[[str], Path], convention: str
-) -> None:
+def test_headers_of_prefixed_files_cost_one_harmless_warning(comfyui, in_convention, convention):
     # "Load Diffusion Model" reads the header twice: before it takes the prefix off, and after. The second reading
     # leaves configs under the full names, which no module uses. The layers are as they should be (see above).
     (warning,) = comfyui.load(in_convention(convention), "read")["warnings"]
@@ -132,9 +121,7 @@ def test_headers_of_prefixed_files_cost_one_harmless_warning(
     assert all(name.endswith(".comfy_quant") for name in names)
 
 
-def test_a_file_that_lost_its_configs_is_not_read_as_fp8(
-    comfyui: Any, in_convention: Callable[[str], Path], changed: Any, tmp_path: Path
-) -> None:
+def test_a_file_that_lost_its_configs_is_not_read_as_fp8(comfyui, in_convention, changed, tmp_path):
     lost = changed(in_convention("header only"), tmp_path / "lost.safetensors", lambda _, configs: configs.clear())
 
     found = comfyui.load(lost, "read")
@@ -143,9 +130,7 @@ def test_a_file_that_lost_its_configs_is_not_read_as_fp8(
     assert not any(layer["quant_format"] for layer in found["layers"].values())
 
 
-def test_conventions_of_one_model_compute_the_same_bits(
-    comfyui: Any, in_convention: Callable[[str], Path], states: dict[str, Any]
-) -> None:
+def test_conventions_of_one_model_compute_the_same_bits(comfyui, in_convention, states):
     import torch
 
     conventions = ("default", "header only", "tensors only", "prefixed", "prefixed header only")

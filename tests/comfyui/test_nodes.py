@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from convert_to_quant.stats import Statistics
 
 pytestmark = pytest.mark.comfyui
 
-Figure = Callable[[str, float], float]
 STEPS, GUIDANCE = 4, 2.0
 
 CASES = {
@@ -31,7 +29,7 @@ CASES = {
 
 
 @pytest.fixture
-def start(ours: Any) -> dict[str, Any]:
+def start(ours):
     """One prompt's noise and conditioning."""
     return {name: value[:1].clone() for name, value in ours.start().items()}
 
@@ -50,9 +48,7 @@ def saved(comfyui: Any, recorded: str, prefix: str) -> Statistics:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_ranges_are_those_of_hooks_put_on_by_hand_and_latents_stay_bit_identical(
-    comfyui: Any, files: Callable[[str], Any], start: dict[str, Any], case: str
-) -> None:
+def test_recorded_ranges_are_those_of_hooks_put_on_by_hand_and_latents_stay_bit_identical(comfyui, files, start, case):
     import torch
 
     name, device, part = CASES[case]
@@ -79,9 +75,7 @@ def test_recorded_ranges_are_those_of_hooks_put_on_by_hand_and_latents_stay_bit_
     assert comfyui.ask(driver.hooks, "recorded") == 0
 
 
-def test_a_model_with_a_copy_on_another_device_is_recorded_whole(
-    comfyui: Any, files: Callable[[str], Any], start: dict[str, Any]
-) -> None:
+def test_a_model_with_a_copy_on_another_device_is_recorded_whole(comfyui, files, start):
     comfyui.load(files("plain").original, "plain")
     comfyui.ask(driver.record, "plain", "alone")
     sample(comfyui, "alone", start)
@@ -101,9 +95,9 @@ def test_a_model_with_a_copy_on_another_device_is_recorded_whole(
 @pytest.mark.parametrize("recorded_on", ["original", "converted"])
 @pytest.mark.parametrize("name", ["hot", "cold"])
 def test_recording_calibrating_and_reloading_mends_broken_models(
-    comfyui: Any, files: Callable[[str], Any], ours: Any, states: dict[str, Any], figure: Figure, name: str,
-    recorded_on: str,
-) -> None:  # fmt: skip
+    comfyui, files, ours, states, figure, name,
+    recorded_on
+):  # fmt: skip
     import torch
 
     made = files(name)
@@ -136,9 +130,7 @@ def test_recording_calibrating_and_reloading_mends_broken_models(
     assert broken.read_bytes() == made.converted.read_bytes()
 
 
-def test_a_quantized_checkpoint_is_loaded_as_it_says(
-    comfyui: Any, files: Callable[[str], Any], ours: Any, states: dict[str, Any], figure: Figure
-) -> None:
+def test_a_quantized_checkpoint_is_loaded_as_it_says(comfyui, files, ours, states, figure):
     models = comfyui.work / "models" / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)
     original = Path(shutil.copy(files("plain").original, models / "emoji.safetensors"))
@@ -160,7 +152,7 @@ def test_a_quantized_checkpoint_is_loaded_as_it_says(
     assert original.read_bytes() == before
 
 
-def test_hunyuan_video_is_renamed_as_our_table_says(comfyui: Any) -> None:
+def test_hunyuan_video_is_renamed_as_our_table_says(comfyui):
     rules = {
         rule.layer.replace("*", "3"): rule.other.replace("*", "3")
         for rule in families.FAMILIES["hunyuan-video"].spellings
@@ -187,7 +179,7 @@ DIFFUSERS = {
 
 
 @pytest.mark.parametrize("function", DIFFUSERS)
-def test_diffusers_layouts_are_put_where_our_table_says(comfyui: Any, function: str) -> None:
+def test_diffusers_layouts_are_put_where_our_table_says(comfyui, function):
     config, others = DIFFUSERS[function]
     theirs = comfyui.ask(driver.diffusers_names, function, config)
     linear = {name: place for name, place in theirs.items() if ".norm_" not in name and name not in others}

@@ -7,7 +7,7 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def latents(server: Any, prefix: str) -> Any:
     return load_file(path)["latent_tensor"]
 
 
-def test_the_installed_nodes_are_offered(server: Any) -> None:
+def test_the_installed_nodes_are_offered(server):
     offered = server.get("/object_info")
     for name in NODE_CLASS_MAPPINGS:
         assert offered[name]["category"] == "convert_to_quant"
@@ -74,7 +74,7 @@ def example(name: str) -> dict[str, Any]:
     return workflow
 
 
-def test_the_example_workflows_run_one_after_the_other(server: Any) -> None:
+def test_the_example_workflows_run_one_after_the_other(server):
     models, output = server.work / "models" / "diffusion_models", server.work / "output"
 
     done, errors = server.run(example("flux_record"))
@@ -105,7 +105,7 @@ def test_the_example_workflows_run_one_after_the_other(server: Any) -> None:
     assert (models / "again.safetensors").stat().st_size == len(made)
 
 
-def test_progress_texts_reach_the_editor(server: Any) -> None:
+def test_progress_texts_reach_the_editor(server):
     import aiohttp
 
     workflow = recording(5, "told")
@@ -123,7 +123,7 @@ def test_progress_texts_reach_the_editor(server: Any) -> None:
     assert asyncio.run(listen()) == "save40 layers, 1 sample: told/stats_00001_.safetensors"
 
 
-def test_one_workflow_paints_records_saves_and_calibrates(server: Any, figure: Callable[[str, float], float]) -> None:
+def test_one_workflow_paints_records_saves_and_calibrates(server, figure):
     import torch
 
     from convert_to_quant.fidelity import sqnr_db
@@ -169,7 +169,7 @@ def test_one_workflow_paints_records_saves_and_calibrates(server: Any, figure: C
         {"checkpoint": "diffusion_models/../../input/start.safetensors"},
     ],
 )
-def test_workflows_that_would_write_elsewhere_are_refused_before_they_run(server: Any, said: dict[str, Any]) -> None:
+def test_workflows_that_would_write_elsewhere_are_refused_before_they_run(server, said):
     before = sorted(server.work.rglob("*.safetensors"))
     workflow = recording(3, "refused", **said)
     del workflow["keep"]

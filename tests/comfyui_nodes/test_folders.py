@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from convert_to_quant.comfyui_nodes import folders
@@ -20,18 +17,18 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_names_that_lead_out_or_could_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_that_lead_out_or_could_are_refused(tmp_path, name):
     with pytest.raises(OptionError, match="is not a file name below"):
         folders.inside(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["x", "a/b/c.safetensors", "a\\b.safetensors", "Flux (1) – ü.safetensors", ".hidden"])
-def test_plain_names_are_taken(tmp_path: Path, name: str) -> None:
+def test_plain_names_are_taken(tmp_path, name):
     path = folders.inside(tmp_path, name)
     assert path == tmp_path.joinpath(*name.replace("\\", "/").split("/"))
 
 
-def test_symbolic_links_that_lead_out_are_refused(tmp_path: Path) -> None:
+def test_symbolic_links_that_lead_out_are_refused(tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "outside").mkdir()
     (tmp_path / "inside" / "link").symlink_to(tmp_path / "outside")
@@ -42,13 +39,13 @@ def test_symbolic_links_that_lead_out_are_refused(tmp_path: Path) -> None:
             folders.inside(tmp_path / "inside", name)
 
 
-def test_a_folder_that_is_itself_a_link_is_fine(tmp_path: Path) -> None:
+def test_a_folder_that_is_itself_a_link_is_fine(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "models").symlink_to(tmp_path / "real")
     assert folders.inside(tmp_path / "models", "x") == tmp_path / "models" / "x"
 
 
-def test_checkpoints_are_those_that_comfyui_lists(comfyui: Any) -> None:
+def test_checkpoints_are_those_that_comfyui_lists(comfyui):
     (comfyui.models / "sub").mkdir()
     for name in ("a.safetensors", "sub/b.safetensors", "notes.txt"):
         (comfyui.models / name).touch()
@@ -71,7 +68,7 @@ def test_checkpoints_are_those_that_comfyui_lists(comfyui: Any) -> None:
             folders.choose_checkpoint(name)
 
 
-def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path: Path) -> None:
+def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path):
     (tmp_path / "sub").mkdir()
     source, other = tmp_path / "sub" / "flux.safetensors", tmp_path / "other.safetensors"
     source.touch()
@@ -93,7 +90,7 @@ def test_outputs_stay_in_the_folder_of_their_checkpoint(tmp_path: Path) -> None:
         choice.output("folder", True, "calibrated")
 
 
-def test_statistics_files_are_numbered(comfyui: Any) -> None:
+def test_statistics_files_are_numbered(comfyui):
     output = comfyui.root / "output"
     assert folders.next_output("a/stats") == output / "a" / "stats_00001_.safetensors"
     (output / "a").mkdir()
@@ -104,7 +101,7 @@ def test_statistics_files_are_numbered(comfyui: Any) -> None:
         folders.next_output("../stats")
 
 
-def test_statistics_are_looked_for_in_the_output_and_then_in_the_input_folder(comfyui: Any) -> None:
+def test_statistics_are_looked_for_in_the_output_and_then_in_the_input_folder(comfyui):
     (comfyui.root / "input" / "x.safetensors").touch()
     assert folders.statistics_file("x") == comfyui.root / "input" / "x.safetensors"
     (comfyui.root / "output" / "x.safetensors").touch()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from convert_to_quant.checkpoint import open_checkpoint
 from convert_to_quant.comfyui_nodes import nodes
@@ -56,7 +54,7 @@ def weights_of(model: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def checkpoint(comfyui: Any, build: Any) -> Path:
+def checkpoint(comfyui, build):
     """The FP8 file of the double's model, in ComfyUI's list."""
     tensors: dict[str, Any] = {}
     for name, weight in weights_of(comfyui.model()).items():
@@ -68,7 +66,7 @@ def checkpoint(comfyui: Any, build: Any) -> Path:
 
 
 @pytest.fixture
-def recorded(comfyui: Any, noise: Tensor) -> Any:
+def recorded(comfyui, noise):
     """What Record Activations gives as stats, after one sampling."""
     model, stats = RecordActivations().record(comfyui.model())
     comfyui.guider(model).sample(noise)
@@ -90,7 +88,7 @@ def saved(stats: Any, prefix: str = "a") -> str:
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
-def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
+def test_nodes_say_what_comfyui_asks(comfyui, name):
     node: Any = NODE_CLASS_MAPPINGS[name]
     inputs = node.INPUT_TYPES()
     function = dict(inspect.signature(getattr(node, node.FUNCTION)).parameters)
@@ -114,7 +112,7 @@ def test_nodes_say_what_comfyui_asks(comfyui: Any, name: str) -> None:
             assert function[key].default in (inspect.Parameter.empty, settings["default"])
 
 
-def test_record_runs_again_only_to_reset_and_save_always() -> None:
+def test_record_runs_again_only_to_reset_and_save_always():
     unchanged = RecordActivations.IS_CHANGED(statistics_file="a")
     assert unchanged == RecordActivations.IS_CHANGED(reset=False, statistics_file="a")
     assert math.isnan(float(RecordActivations.IS_CHANGED(reset=True)))
@@ -122,9 +120,7 @@ def test_record_runs_again_only_to_reset_and_save_always() -> None:
 
 
 @pytest.mark.parametrize("node", [CalibrateFP8Checkpoint, ActivationReport])
-def test_calibrate_and_report_run_again_when_what_they_read_changes(
-    comfyui: Any, checkpoint: Path, statistics: Callable[..., Any], node: Any
-) -> None:
+def test_calibrate_and_report_run_again_when_what_they_read_changes(comfyui, checkpoint, statistics, node):
     statistics(comfyui.shapes).save(comfyui.root / "output" / "s.safetensors")
 
     def now() -> str:
@@ -144,7 +140,7 @@ def test_calibrate_and_report_run_again_when_what_they_read_changes(
 # Record and Save.
 
 
-def test_saved_statistics_are_what_was_recorded(comfyui: Any, recorded: Any) -> None:
+def test_saved_statistics_are_what_was_recorded(comfyui, recorded):
     answer = SaveActivationStats().save(recorded, LATENT, "runs/flux")
 
     passed_on, file = answer["result"]
@@ -158,7 +154,7 @@ def test_saved_statistics_are_what_was_recorded(comfyui: Any, recorded: Any) -> 
     }  # fmt: skip
 
 
-def test_save_tells_of_layers_that_ran_unseen(comfyui: Any) -> None:
+def test_save_tells_of_layers_that_ran_unseen(comfyui):
     layers = {**comfyui.shapes, "other": (4, 4)}
     stats = Statistics.empty(layers).with_facts(unseen=["other"])
     told = SaveActivationStats().save(stats, LATENT, "a")["ui"]
@@ -166,9 +162,7 @@ def test_save_tells_of_layers_that_ran_unseen(comfyui: Any) -> None:
     assert told["text"][0].endswith("\ncould not see the inputs of 1 layer that ran (first: other)")
 
 
-def test_one_recording_is_one_file_and_another_gets_the_next_number(
-    comfyui: Any, recorded: Any, noise: Tensor, statistics: Callable[..., Any]
-) -> None:
+def test_one_recording_is_one_file_and_another_gets_the_next_number(comfyui, recorded, noise, statistics):
     first = saved(recorded)
     model, stats = RecordActivations().record(comfyui.model(), statistics_file=first)  # goes on from it
     assert stats.recording != recorded.recording
@@ -182,9 +176,7 @@ def test_one_recording_is_one_file_and_another_gets_the_next_number(
     assert Statistics.load(comfyui.root / "output" / "a_00002_.safetensors").samples == 4
 
 
-def test_a_file_that_took_the_place_of_ours_is_not_replaced(
-    comfyui: Any, recorded: Any, statistics: Callable[..., Any]
-) -> None:
+def test_a_file_that_took_the_place_of_ours_is_not_replaced(comfyui, recorded, statistics):
     first = comfyui.root / "output" / saved(recorded)
     first.rename(first.with_name("kept.safetensors"))
     other = statistics(comfyui.shapes, 7.0)
@@ -194,14 +186,14 @@ def test_a_file_that_took_the_place_of_ours_is_not_replaced(
     assert Statistics.load(first) == other
 
 
-def test_nothing_is_saved_where_nothing_was_recorded(comfyui: Any) -> None:
+def test_nothing_is_saved_where_nothing_was_recorded(comfyui):
     _, stats = RecordActivations().record(comfyui.model())
     with pytest.raises(CalibrationError, match=r"nothing was recorded yet .*connect the MODEL"):
         saved(stats)
     assert list((comfyui.root / "output").iterdir()) == []
 
 
-def test_progress_is_shown_on_the_node_where_a_server_runs(comfyui: Any, recorded: Any) -> None:
+def test_progress_is_shown_on_the_node_where_a_server_runs(comfyui, recorded):
     shown: list[tuple[str, str]] = []
     server = SimpleNamespace(send_progress_text=lambda text, node: shown.append((node, text)))
     comfyui.modules.server.PromptServer.instance = server
@@ -214,7 +206,7 @@ def test_progress_is_shown_on_the_node_where_a_server_runs(comfyui: Any, recorde
 # Calibrate.
 
 
-def test_calibrated_scales_are_the_recorded_ranges(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
+def test_calibrated_scales_are_the_recorded_ranges(comfyui, checkpoint, recorded):
     before = checkpoint.read_bytes()
     statistics = recorded.statistics()
 
@@ -228,7 +220,7 @@ def test_calibrated_scales_are_the_recorded_ranges(comfyui: Any, checkpoint: Pat
     assert checkpoint.read_bytes() == before
 
 
-def test_statistics_come_from_a_file_as_well(comfyui: Any, checkpoint: Path, statistics: Callable[..., Any]) -> None:
+def test_statistics_come_from_a_file_as_well(comfyui, checkpoint, statistics):
     statistics(comfyui.shapes, 448.0).save(comfyui.root / "output" / "s.safetensors")
 
     CalibrateFP8Checkpoint().make(checkpoint=NAME, statistics_file="s", output_name="new/name", margin=1.0)
@@ -236,7 +228,7 @@ def test_statistics_come_from_a_file_as_well(comfyui: Any, checkpoint: Path, sta
     assert list(scales(comfyui.models / "new" / "name.safetensors").values()) == [1.0, 2.0, 3.0]
 
 
-def test_statistics_come_from_exactly_one_place_and_after_sampling(recorded: Any) -> None:
+def test_statistics_come_from_exactly_one_place_and_after_sampling(recorded):
     with pytest.raises(OptionError, match=r"run before the sampler .*Save Activation Stats"):
         solving(stats=recorded)
     assert solving(stats=recorded, latent=LATENT)[1] == recorded.statistics()
@@ -245,7 +237,7 @@ def test_statistics_come_from_exactly_one_place_and_after_sampling(recorded: Any
             solving(**given)
 
 
-def test_an_existing_file_is_replaced_only_if_asked(comfyui: Any, checkpoint: Path, recorded: Any) -> None:
+def test_an_existing_file_is_replaced_only_if_asked(comfyui, checkpoint, recorded):
     output = comfyui.models / "flux_calibrated.safetensors"
     output.write_bytes(b"precious")
     node, statistics = CalibrateFP8Checkpoint(), recorded.statistics()
@@ -258,9 +250,7 @@ def test_an_existing_file_is_replaced_only_if_asked(comfyui: Any, checkpoint: Pa
     assert len(scales(output)) == 3
 
 
-def test_layers_that_were_not_recorded_are_named_and_kept_if_asked(
-    comfyui: Any, checkpoint: Path, recorded: Any
-) -> None:
+def test_layers_that_were_not_recorded_are_named_and_kept_if_asked(comfyui, checkpoint, recorded):
     first, *rest = comfyui.shapes
     partial = recorded.statistics().take([first])
     node = CalibrateFP8Checkpoint()
@@ -283,7 +273,7 @@ def entry(tokens: int = 7, prompts: int = 1, **more: Any) -> Any:
     return [torch.randn(prompts, tokens, 24), {"pooled_output": torch.randn(prompts, 20), **more}]
 
 
-def test_a_saved_conditioning_is_what_check_reads(comfyui: Any) -> None:
+def test_a_saved_conditioning_is_what_check_reads(comfyui):
     mask = torch.ones(2, 7, dtype=torch.int64)
     cond = [entry(attention_mask=mask[:1], guidance=3.5), entry(attention_mask=mask[:1])]
     cond[0][0] = cond[0][0].bfloat16()
@@ -301,7 +291,7 @@ def test_a_saved_conditioning_is_what_check_reads(comfyui: Any) -> None:
     assert SaveConditioning().save(cond, "mine/prompt")["result"] == ("mine/prompt_00002_.safetensors",)
 
 
-def test_a_conditioning_without_a_pooled_vector_has_none_in_its_file(comfyui: Any) -> None:
+def test_a_conditioning_without_a_pooled_vector_has_none_in_its_file(comfyui):
     (file,) = SaveConditioning().save([entry(prompts=2, pooled_output=None)], "prompt")["result"]
     assert Prompts.load(comfyui.root / "output" / file).tensors.keys() == {"prompt_embeds"}
 
@@ -317,7 +307,7 @@ def test_a_conditioning_without_a_pooled_vector_has_none_in_its_file(comfyui: An
         ([], "found none"),
     ],
 )
-def test_prompts_that_differ_do_not_go_into_one_file(comfyui: Any, cond: Any, found: str) -> None:
+def test_prompts_that_differ_do_not_go_into_one_file(comfyui, cond, found):
     with pytest.raises(OptionError, match=f"the same length and parts.*{found}"):
         SaveConditioning().save(cond, "prompt")
     assert list((comfyui.root / "output").iterdir()) == []
@@ -336,9 +326,7 @@ def test_prompts_that_differ_do_not_go_into_one_file(comfyui: Any, cond: Any, fo
         (ActivationReport, {"checkpoint": "diffusion_models/../../x.safetensors"}, "ComfyUI lists no checkpoint"),
     ],
 )
-def test_names_outside_of_comfyuis_folders_are_refused(
-    comfyui: Any, checkpoint: Path, recorded: Any, node: Any, inputs: dict[str, Any], said: str
-) -> None:
+def test_names_outside_of_comfyuis_folders_are_refused(comfyui, checkpoint, recorded, node, inputs, said):
     before = sorted(comfyui.root.rglob("*"))
     given = {"conditioning": [entry()]} if node is SaveConditioning else {"stats": recorded.statistics()}
     with pytest.raises(OptionError, match=said):
@@ -373,9 +361,7 @@ SOURCE = "diffusion_models/sub/flux.safetensors"
         (QuantizeCheckpoint, {"checkpoint": SOURCE, "exclude": "("}, "is not a regular expression"),
     ],
 )  # fmt: skip
-def test_inputs_are_checked_before_anything_is_sampled(
-    comfyui: Any, checkpoint: Path, original: Path, node: Any, inputs: dict[str, Any], said: str
-) -> None:
+def test_inputs_are_checked_before_anything_is_sampled(comfyui, checkpoint, original, node, inputs, said):
     for name in ("taken", "sub/flux_int8"):
         (comfyui.models / f"{name}.safetensors").touch()
     refused = node.VALIDATE_INPUTS(**inputs)  # ComfyUI asks for the text once per input
@@ -394,9 +380,7 @@ def expected(statistics: Any, model: Path | None, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("name", "margin"), [("none", 1.0), (NAME, 1.0), (NAME, 4.0)])
-def test_the_report_is_a_picture_a_verdict_and_a_page(
-    comfyui: Any, checkpoint: Path, recorded: Any, name: str, margin: float
-) -> None:
+def test_the_report_is_a_picture_a_verdict_and_a_page(comfyui, checkpoint, recorded, name, margin):
     wanted = expected(recorded.statistics(), None if name == "none" else checkpoint, margin=margin)
     before = checkpoint.read_bytes()
 
@@ -415,7 +399,7 @@ def test_the_report_is_a_picture_a_verdict_and_a_page(
     assert checkpoint.read_bytes() == before
 
 
-def test_a_report_can_go_without_a_page_and_never_replaces_one(comfyui: Any, recorded: Any) -> None:
+def test_a_report_can_go_without_a_page_and_never_replaces_one(comfyui, recorded):
     statistics = recorded.statistics()
     assert ActivationReport().draw(stats=statistics, filename_prefix=" ")["ui"]["pages"] == []
     assert list((comfyui.root / "output").iterdir()) == []
@@ -431,7 +415,7 @@ def test_a_report_can_go_without_a_page_and_never_replaces_one(comfyui: Any, rec
 
 
 @pytest.fixture
-def original(comfyui: Any, build: Any) -> Path:
+def original(comfyui, build):
     """The double's model in 32 bits, in ComfyUI's list."""
     path: Path = comfyui.models / "sub" / "flux.safetensors"
     path.parent.mkdir()
@@ -441,7 +425,7 @@ def original(comfyui: Any, build: Any) -> Path:
 
 
 @pytest.fixture
-def small_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_run(monkeypatch):
     """ "best" shows the model little."""
     small = partial(RunOptions, samples=3, steps=1, height=32, width=32, text_tokens=4)
     monkeypatch.setattr(nodes, "RunOptions", small)
@@ -462,7 +446,7 @@ def quantized(name: str = "int8-convrot", **inputs: Any) -> tuple[str, str]:
     return file, report
 
 
-def test_a_checkpoint_is_quantized_beside_itself(comfyui: Any, original: Path) -> None:
+def test_a_checkpoint_is_quantized_beside_itself(comfyui, original):
     before = original.read_bytes()
 
     file, report = quantized(exclude="\n img_mlp \n", unique_id="7")
@@ -486,8 +470,8 @@ class Cancelled(BaseException):
     ids=["writing", "best begins", "best observes", "best tries", "best writes"],
 )
 def test_cancelling_ends_the_work_and_leaves_nothing(
-    comfyui: Any, original: Path, build: Any, flux_tensors: Any, small_run: None, format_name: str, share: float
-) -> None:
+    comfyui, original, build, flux_tensors, small_run, format_name, share
+):
     original.write_bytes(build.file_bytes(flux_tensors()))
 
     def reached() -> float:
@@ -504,9 +488,7 @@ def test_cancelling_ends_the_work_and_leaves_nothing(
     assert list(original.parent.iterdir()) == [original]
 
 
-def test_fp8_inputs_get_scales_of_statistics_where_they_are_given(
-    comfyui: Any, original: Path, statistics: Callable[..., Any]
-) -> None:
+def test_fp8_inputs_get_scales_of_statistics_where_they_are_given(comfyui, original, statistics):
     file, report = quantized("fp8")
     assert "input scales are not set: connect stats" in report
     assert set(scales(comfyui.models / file).values()) == {1.0}
@@ -523,9 +505,7 @@ def test_fp8_inputs_get_scales_of_statistics_where_they_are_given(
     assert not (comfyui.models / "not.safetensors").exists()
 
 
-def test_best_is_a_mix_of_the_size_that_was_asked_for(
-    comfyui: Any, original: Path, build: Any, flux_tensors: Any, small_run: None, statistics: Any
-) -> None:
+def test_best_is_a_mix_of_the_size_that_was_asked_for(comfyui, original, build, flux_tensors, small_run, statistics):
     original.write_bytes(build.file_bytes(flux_tensors()))
 
     file, report = quantized("best", bits=7.0, gpu="rtx50", exclude="double_blocks", unique_id="7")
@@ -544,13 +524,13 @@ def test_best_is_a_mix_of_the_size_that_was_asked_for(
     assert {(node, done == of) for node, done, of in comfyui.progress} == {("7", False), ("7", True)}
 
 
-def test_best_says_where_a_model_cannot_be_run(comfyui: Any, original: Path) -> None:
+def test_best_says_where_a_model_cannot_be_run(comfyui, original):
     with pytest.raises(UnsupportedModelError, match="cannot be run, so nothing was chosen"):
         quantized("best")
     assert list(original.parent.iterdir()) == [original]
 
 
-def test_calibrate_and_report_take_a_mix_of_formats(comfyui: Any, original: Path, recorded: Any) -> None:
+def test_calibrate_and_report_take_a_mix_of_formats(comfyui, original, recorded):
     with open_checkpoint(original) as opened:
         for name, mix in {"mix": ("mlp=int8-convrot",), "int8": (".=int8",)}.items():
             plan = plan_conversion(opened, ConvertOptions(layer_format=mix))

@@ -17,7 +17,7 @@ from convert_to_quant.errors import OptionError, OutputError
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path):
     """A ComfyUI folder with somebody else's pack in it."""
     (tmp_path / "custom_nodes" / "another").mkdir(parents=True)
     (tmp_path / "custom_nodes" / "another" / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
@@ -35,7 +35,7 @@ def installed(home: Path) -> Path:
     return folder
 
 
-def test_the_installed_pack_gives_the_nodes_and_leaves_without_a_trace(home: Path) -> None:
+def test_the_installed_pack_gives_the_nodes_and_leaves_without_a_trace(home):
     before = files(home)
     assert pack.find(home) == (home / "custom_nodes" / "convert_to_quant", False)
 
@@ -57,9 +57,7 @@ def test_the_installed_pack_gives_the_nodes_and_leaves_without_a_trace(home: Pat
         ("some_package", "some_package"),
     ],
 )
-def test_the_pack_says_in_one_line_what_is_missing(
-    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, missing: str, what: str
-) -> None:
+def test_the_pack_says_in_one_line_what_is_missing(home, monkeypatch, caplog, missing, what):
     class Nowhere:
         """Nodes that cannot be imported."""
 
@@ -75,7 +73,7 @@ def test_the_pack_says_in_one_line_what_is_missing(
     assert line == f"{said}, run  {command}  and restart ComfyUI"
 
 
-def test_installing_again_renews_what_another_version_wrote(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installing_again_renews_what_another_version_wrote(home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pack, "BODY", "an older version\n")
         installed(home)
@@ -83,7 +81,7 @@ def test_installing_again_renews_what_another_version_wrote(home: Path, monkeypa
     assert (installed(home) / "__init__.py").read_bytes() == pack.content()
 
 
-def test_an_install_that_was_killed_can_be_repeated_or_removed(home: Path) -> None:
+def test_an_install_that_was_killed_can_be_repeated_or_removed(home):
     (home / "custom_nodes" / "convert_to_quant").mkdir()
     folder = installed(home)
     (folder / "__init__.py").rename(folder / ".convert_to_quant.0123456789abcdef.tmp")
@@ -103,12 +101,12 @@ SPOILED: Mapping[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_what_is_not_ours_is_refused(home: Path, how: str) -> None:
+def test_what_is_not_ours_is_refused(home, how):
     SPOILED[how](installed(home))
     with pytest.raises(OutputError, match=r"comfyui install did not write this, or it was changed since"):
         pack.find(home)
 
 
-def test_a_folder_that_is_no_comfyui_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_no_comfyui_is_refused(tmp_path):
     with pytest.raises(OptionError, match=r"there is no folder .*custom_nodes"):
         pack.find(tmp_path)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from convert_to_quant.comfyui_nodes.recording import KEY, Recorder
 from convert_to_quant.errors import CalibrationError, StatisticsError
@@ -19,7 +17,7 @@ class Cancelled(BaseException):
     """ComfyUI's cancelling is no Exception."""
 
 
-def test_it_records_every_layer_and_leaves_the_latents_as_they_are(comfyui: Any, noise: Tensor) -> None:
+def test_it_records_every_layer_and_leaves_the_latents_as_they_are(comfyui, noise):
     model = comfyui.model()
     plain = comfyui.guider(model).sample(noise, (1.0,))
     recorder = Recorder()
@@ -38,7 +36,7 @@ def test_it_records_every_layer_and_leaves_the_latents_as_they_are(comfyui: Any,
     }  # fmt: skip
 
 
-def test_hooks_are_there_only_while_it_samples(comfyui: Any, noise: Tensor) -> None:
+def test_hooks_are_there_only_while_it_samples(comfyui, noise):
     model = comfyui.model()
     attached = Recorder().attach(model)
     during = []
@@ -51,9 +49,7 @@ def test_hooks_are_there_only_while_it_samples(comfyui: Any, noise: Tensor) -> N
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, KeyboardInterrupt, Cancelled])
-def test_samplings_that_end_early_leave_no_hook_and_add_nothing(
-    comfyui: Any, noise: Tensor, error: type[BaseException]
-) -> None:
+def test_samplings_that_end_early_leave_no_hook_and_add_nothing(comfyui, noise, error):
     model, recorder = comfyui.model(), Recorder()
     attached = recorder.attach(model)
 
@@ -70,7 +66,7 @@ def test_samplings_that_end_early_leave_no_hook_and_add_nothing(
     assert (recorder.statistics().samples, recorder.samplings) == (2, 1)
 
 
-def test_a_sampling_inside_of_a_sampling_is_counted_once(comfyui: Any, noise: Tensor) -> None:
+def test_a_sampling_inside_of_a_sampling_is_counted_once(comfyui, noise):
     model, recorder = comfyui.model(), Recorder()
     attached = recorder.attach(model)
     inner = comfyui.guider(attached)
@@ -81,9 +77,7 @@ def test_a_sampling_inside_of_a_sampling_is_counted_once(comfyui: Any, noise: Te
     assert recorder.samplings == 1
 
 
-def test_the_last_recorder_attached_is_the_one_that_records_and_says_so(
-    comfyui: Any, noise: Tensor, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_last_recorder_attached_is_the_one_that_records_and_says_so(comfyui, noise, caplog):
     first, second = Recorder(), Recorder()
     before = first.attach(comfyui.model())
     assert not caplog.messages
@@ -99,7 +93,7 @@ def test_the_last_recorder_attached_is_the_one_that_records_and_says_so(
     }
 
 
-def test_wrappers_of_others_stay(comfyui: Any) -> None:
+def test_wrappers_of_others_stay(comfyui):
     model = comfyui.model()
     model.add_wrapper_with_key("outer_sample", "another pack", print)
 
@@ -111,7 +105,7 @@ def levels(statistics: Any) -> list[int]:
     return found
 
 
-def test_weights_that_comfyui_casts_to_fp8_are_told(comfyui: Any, noise: Tensor) -> None:
+def test_weights_that_comfyui_casts_to_fp8_are_told(comfyui, noise):
     recorder, model = Recorder(), comfyui.model()
     for module in find_linears(model.model.diffusion_model).values():
         module.weight.data = module.weight.to(torch.float8_e4m3fn)
@@ -119,7 +113,7 @@ def test_weights_that_comfyui_casts_to_fp8_are_told(comfyui: Any, noise: Tensor)
     assert recorder.statistics().provenance["weights"] == ("float8_e4m3fn",)
 
 
-def test_noise_levels_are_told_of_flow_models_only(comfyui: Any, noise: Tensor) -> None:
+def test_noise_levels_are_told_of_flow_models_only(comfyui, noise):
     found = []
     for sampling in (comfyui.CONST, comfyui.EPS):
         recorder = Recorder()
@@ -128,7 +122,7 @@ def test_noise_levels_are_told_of_flow_models_only(comfyui: Any, noise: Tensor) 
     assert found == [[3, 7], [8]]
 
 
-def test_totals_add_up_and_go_on_from_statistics(comfyui: Any, noise: Tensor) -> None:
+def test_totals_add_up_and_go_on_from_statistics(comfyui, noise):
     model, recorder = comfyui.model(), Recorder()
     attached = recorder.attach(model)
     comfyui.guider(attached).sample(noise)
@@ -144,7 +138,7 @@ def test_totals_add_up_and_go_on_from_statistics(comfyui: Any, noise: Tensor) ->
     assert (later.statistics().absmax == twice.absmax).all()
 
 
-def test_copies_on_further_gpus_are_recorded_with_the_model(comfyui: Any, noise: Tensor) -> None:
+def test_copies_on_further_gpus_are_recorded_with_the_model(comfyui, noise):
     alone, together = Recorder(), Recorder()
     comfyui.guider(alone.attach(comfyui.model())).sample(noise)
     model, copy = comfyui.model(), comfyui.model()
@@ -165,9 +159,7 @@ def test_copies_on_further_gpus_are_recorded_with_the_model(comfyui: Any, noise:
         assert (getattr(found, column) == getattr(wanted, column)).all(), column
 
 
-def test_statistics_of_another_model_are_refused_before_sampling(
-    comfyui: Any, noise: Tensor, statistics: Callable[..., Any]
-) -> None:
+def test_statistics_of_another_model_are_refused_before_sampling(comfyui, noise, statistics):
     recorder, model = Recorder(), comfyui.model()
     comfyui.guider(recorder.attach(model)).sample(noise)
     seen = recorder.statistics()
@@ -179,6 +171,6 @@ def test_statistics_of_another_model_are_refused_before_sampling(
             Recorder(other).attach(model)
 
 
-def test_a_model_without_linear_layers_is_refused(comfyui: Any) -> None:
+def test_a_model_without_linear_layers_is_refused(comfyui):
     with pytest.raises(CalibrationError, match="no linear layers"):
         Recorder().attach(comfyui.model({}))

@@ -17,7 +17,7 @@ WRITTEN = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 KEYS = {"PublisherId", "DisplayName", "Icon", "Banner", "requires-comfyui", "includes", "Models", "web"}
 
 
-def test_the_section_says_what_is_required_and_nothing_unknown() -> None:
+def test_the_section_says_what_is_required_and_nothing_unknown():
     section = WRITTEN["tool"]["comfy"]
     assert {"PublisherId", "DisplayName"} <= section.keys() <= KEYS
     assert re.fullmatch(r"([a-z0-9]+(-[a-z0-9]+)*)?", section["PublisherId"])  # empty until there is an account
@@ -25,7 +25,7 @@ def test_the_section_says_what_is_required_and_nothing_unknown() -> None:
     assert re.fullmatch(r"(>=|<=|==|>|<|~=)\d+\.\d+\.\d+", section["requires-comfyui"])
 
 
-def test_the_project_is_one_that_the_registry_takes() -> None:
+def test_the_project_is_one_that_the_registry_takes():
     project = WRITTEN["project"]
     assert re.fullmatch(r"[A-Za-z]+([-_.]?[A-Za-z0-9]+)*", project["name"])
     assert "comfyui" not in project["name"].lower()

@@ -32,7 +32,7 @@ def graph(name: str) -> dict[str, Any]:
     return found
 
 
-def test_every_workflow_is_there_in_both_formats() -> None:
+def test_every_workflow_is_there_in_both_formats():
     wanted = {f"{name}{ending}.json" for name in NAMES for ending in ("", "_api")}
     assert {path.name for path in FOLDER.iterdir()} == wanted
     used = {node["class_type"] for name in NAMES for node in api(name).values()}
@@ -41,7 +41,7 @@ def test_every_workflow_is_there_in_both_formats() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_our_nodes_are_used_as_they_are(comfyui: Any, name: str) -> None:
+def test_our_nodes_are_used_as_they_are(comfyui, name):
     workflow = api(name)
     used = [node for node in workflow.values() if node["class_type"] in NODE_CLASS_MAPPINGS]
     assert used
@@ -61,7 +61,7 @@ def test_our_nodes_are_used_as_they_are(comfyui: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_editors_file_says_what_the_servers_file_says(name: str) -> None:
+def test_the_editors_file_says_what_the_servers_file_says(name):
     laid_out = graph(name)
     links = {link[0]: link for link in laid_out["links"]}
     found = {}
@@ -88,7 +88,7 @@ def test_the_editors_file_says_what_the_servers_file_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nodes_of_a_graph_do_not_lie_on_each_other(name: str) -> None:
+def test_nodes_of_a_graph_do_not_lie_on_each_other(name):
     title = 30
     boxes = [(x, y - title, x + width, y + height) for node in graph(name)["nodes"]
              for x, y, width, height in [(*node["pos"], *node["size"])]]  # fmt: skip

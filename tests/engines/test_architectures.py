@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import numpy as np
@@ -92,7 +91,7 @@ def random_state(shapes: Shapes) -> dict[str, Tensor]:
 
 
 @pytest.fixture(params=CASES, ids=[case.replace(" ", "-") for case in CASES])
-def case(request: pytest.FixtureRequest) -> tuple[str, Shapes]:
+def case(request):
     """Family and the shapes of a tiny checkpoint."""
     return CASES[request.param]
 
@@ -112,9 +111,7 @@ def rows_of(path: Path) -> dict[str, Tensor]:
         }
 
 
-def test_recorded_ranges_are_those_of_hooks_on_diffusers_own_model(
-    case: tuple[str, Shapes], save_model: Any, compared: Any
-) -> None:
+def test_recorded_ranges_are_those_of_hooks_on_diffusers_own_model(case, save_model, compared):
     family, shapes = case
     path = save_model(random_state(shapes), lambda _: True)
     with open_checkpoint(path) as checkpoint:
@@ -129,7 +126,7 @@ def test_recorded_ranges_are_those_of_hooks_on_diffusers_own_model(
     assert seen.unvisited == ()
 
 
-def test_noise_level_and_conditioning_reach_the_model(case: tuple[str, Shapes], save_model: Any) -> None:
+def test_noise_level_and_conditioning_reach_the_model(case, save_model):
     _, shapes = case
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
         denoiser = engine.load(checkpoint)
@@ -145,7 +142,7 @@ def test_noise_level_and_conditioning_reach_the_model(case: tuple[str, Shapes], 
         assert torch.allclose(base[1:], alone, rtol=1e-3, atol=1e-4)
 
 
-def test_it_runs_in_bfloat16(case: tuple[str, Shapes], save_model: Any) -> None:
+def test_it_runs_in_bfloat16(case, save_model):
     _, shapes = case
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
         full, half = (engine.load(checkpoint, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
@@ -167,7 +164,7 @@ def run_alike(one: Path, other: Path) -> engine.Denoiser:
     return second
 
 
-def test_a_checkpoint_in_diffusers_own_names_runs_alike(case: tuple[str, Shapes], save_model: Any) -> None:
+def test_a_checkpoint_in_diffusers_own_names_runs_alike(case, save_model):
     path = save_model(random_state(case[1]))
     run_alike(path, save_model(rows_of(path)))
 
@@ -176,7 +173,7 @@ NORMS = r"\b(query_norm|key_norm)\.scale$"
 
 
 @pytest.mark.parametrize("name", ["flux.1 dev", "flux.2 dev", "chroma"])
-def test_norms_named_as_comfyui_saves_them_run_alike(name: str, save_model: Any) -> None:
+def test_norms_named_as_comfyui_saves_them_run_alike(name, save_model):
     state = random_state(CASES[name][1])
     saved = {re.sub(NORMS, r"\1.weight", key): value for key, value in state.items()}
     assert set(saved) != set(state)
@@ -184,14 +181,14 @@ def test_norms_named_as_comfyui_saves_them_run_alike(name: str, save_model: Any)
 
 
 @pytest.mark.parametrize("norm", ["scale", "weight"])
-def test_comfyuis_names_of_hunyuan_video_run_alike(norm: str, save_model: Any) -> None:
+def test_comfyuis_names_of_hunyuan_video_run_alike(norm, save_model):
     state = random_state(HUNYUAN_VIDEO)
     comfyui = {re.sub(NORMS, rf"\1.{norm}", name): state[hunyuan_authors(name)] for name in HUNYUAN_COMFYUI}
     model = run_alike(save_model(state), save_model(comfyui))
     assert set(model.layers) <= {name.removesuffix(".weight") for name in comfyui}
 
 
-def test_qwen_image_edit_2511_gives_the_image_to_edit_no_time(save_model: Any) -> None:
+def test_qwen_image_edit_2511_gives_the_image_to_edit_no_time(save_model):
     state = random_state(QWEN_IMAGE)
     state["__index_timestep_zero__"] = torch.zeros(0)
     with open_checkpoint(save_model(state)) as checkpoint:
@@ -220,9 +217,7 @@ def test_qwen_image_edit_2511_gives_the_image_to_edit_no_time(save_model: Any) -
         ),
     ],
 )
-def test_layouts_that_diffusers_does_not_know_are_refused(
-    save_model: Any, shapes: Shapes, changes: dict[str, tuple[int, ...] | None], reason: str
-) -> None:
+def test_layouts_that_diffusers_does_not_know_are_refused(save_model, shapes, changes, reason):
     changed = {name: shape for name, shape in {**shapes, **changes}.items() if shape is not None}
     with open_checkpoint(save_model(random_state(changed))) as checkpoint:
         assert reason in (engine.supports(checkpoint) or "")
@@ -245,7 +240,7 @@ def test_layouts_that_diffusers_does_not_know_are_refused(
         (LUMINA_2, "[clip_text_pooled_proj,time_text_embed].1.[weight,bias] 36x36"),
     ],
 )
-def test_what_only_adds_a_condition_is_left_out(save_model: Any, shapes: Shapes, extra: str) -> None:
+def test_what_only_adds_a_condition_is_left_out(save_model, shapes, extra):
     state = random_state(shapes)
     run_alike(save_model(state), save_model(state | random_state(layout(extra))))
 
@@ -257,9 +252,7 @@ def test_what_only_adds_a_condition_is_left_out(save_model: Any, shapes: Shapes,
         (CHROMA, "nerf_image_embedder.embedder.0.weight", r"Chroma \(Radiance\)"),
     ],
 )
-def test_a_released_model_that_only_comfyui_runs_is_named(
-    save_model: Any, shapes: Shapes, tensor: str, title: str
-) -> None:
+def test_a_released_model_that_only_comfyui_runs_is_named(save_model, shapes, tensor, title):
     with (
         open_checkpoint(save_model(random_state(shapes | {tensor: (32, 32)}))) as checkpoint,
         pytest.raises(UnsupportedModelError, match=rf"{title} is not supported by this engine \(observe --comfyui-dir"),
@@ -267,7 +260,7 @@ def test_a_released_model_that_only_comfyui_runs_is_named(
         engine.load(checkpoint)
 
 
-def test_module_names_lead_back_to_the_authors_layers(case: tuple[str, Shapes], save_model: Any) -> None:
+def test_module_names_lead_back_to_the_authors_layers(case, save_model):
     family, shapes = case
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:
         denoiser = engine.load(checkpoint)
@@ -282,7 +275,7 @@ def test_module_names_lead_back_to_the_authors_layers(case: tuple[str, Shapes], 
         assert fed <= {name, *(layer for layer, _ in found.get(name, ()))}
 
 
-def test_layers_with_one_input_share_their_moments(save_model: Any) -> None:
+def test_layers_with_one_input_share_their_moments(save_model):
     with open_checkpoint(save_model(random_state(WAN))) as checkpoint:
         table = find_layers(checkpoint)
         layers = [table.plain[f"blocks.0.self_attn.{name}"] for name in "qkvo"]
@@ -340,7 +333,7 @@ FOLDED: dict[tuple[str, str], tuple[Shapes, int]] = {
 where scaling is not proved. Members that differ in sizes only have those of others."""
 
 
-def test_every_member_of_families_that_fold_is_proved() -> None:
+def test_every_member_of_families_that_fold_is_proved():
     members = {
         (name, title)
         for name, family in families.FAMILIES.items()
@@ -351,7 +344,7 @@ def test_every_member_of_families_that_fold_is_proved() -> None:
 
 
 @pytest.mark.parametrize(("family", "member"), FOLDED)
-def test_a_model_whose_channels_are_scaled_computes_what_it_computed(family: str, member: str, save_model: Any) -> None:
+def test_a_model_whose_channels_are_scaled_computes_what_it_computed(family, member, save_model):
     shapes, count = FOLDED[family, member]
     generator = np.random.default_rng(0)
     with open_checkpoint(save_model(random_state(shapes))) as checkpoint:

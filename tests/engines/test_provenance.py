@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -28,11 +26,11 @@ from convert_to_quant.errors import UnsupportedModelError
     ],
     ids=["renamed", "split", "halves swapped", "joined", "left out and out of order"],
 )
-def test_pieces_say_where_rows_come_from(converter: Any, shapes: Any, wanted: dict[str, Any]) -> None:
+def test_pieces_say_where_rows_come_from(converter, shapes, wanted):
     assert trace(converter, shapes) == {name: tuple(Piece(*one) for one in pieces) for name, pieces in wanted.items()}
 
 
-def test_tensors_of_any_number_of_dimensions_are_followed() -> None:
+def test_tensors_of_any_number_of_dimensions_are_followed():
     shapes = {"scalar": (), "vector": (4,), "table": (1, 6, 8), "convolution": (5, 3, 2, 2)}
     assert trace(dict, shapes) == {
         name: (Piece(name, 0, rows),) for name, rows in {"scalar": 1, "vector": 4, "table": 1, "convolution": 5}.items()
@@ -49,6 +47,6 @@ def test_tensors_of_any_number_of_dimensions_are_followed() -> None:
     ],
     ids=["lacks a tensor", "leaves one over", "computes", "moves columns"],
 )
-def test_a_converter_that_does_other_things_is_refused(converter: Any, message: str) -> None:
+def test_a_converter_that_does_other_things_is_refused(converter, message):
     with pytest.raises(UnsupportedModelError, match=message):
         trace(converter, {"a": (4, 4), "left": (2,)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,11 +29,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:Fut
 SIZE = Geometry(height=4, width=4, text_tokens=4)
 SHOWN = RunOptions(samples=3, steps=2, height=64, width=64, text_tokens=4)
 INT8 = ConvertOptions(format="int8-convrot")
-Save = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def spiky(tmp_path_factory):
     """The emoji model with a few channels hundreds of times larger than the others."""
     path = tmp_path_factory.mktemp("folding") / "spiky.safetensors"
     write_reranged(WEIGHTS, path, RERANGINGS["spiky"])
@@ -42,7 +40,7 @@ def spiky(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(spiky: Path) -> Iterator[tuple[Checkpoint, folding.Folded]]:
+def pair(spiky):
     """The model as it is, and with its channels evened out."""
     with open_checkpoint(spiky) as checkpoint:
         layers = [layer.name for layer, _ in plan_conversion(checkpoint, INT8).quantized]
@@ -50,7 +48,7 @@ def pair(spiky: Path) -> Iterator[tuple[Checkpoint, folding.Folded]]:
 
 
 @pytest.fixture(scope="module")
-def files(spiky: Path, pair: tuple[Checkpoint, folding.Folded]) -> dict[str, Path]:
+def files(spiky, pair):
     """The model as it is, and both in INT8 ConvRot."""
     found = {"original": spiky}
     for source, name in zip(pair, ("int8", "folded"), strict=True):
@@ -76,9 +74,7 @@ def db(of: Path | Checkpoint, wanted: torch.Tensor, lora: Path | None = None) ->
         return float(sqnr_db(wanted, velocity(checkpoint, lora)).mean())
 
 
-def test_folding_is_exact_and_evens_channels_out(
-    pair: tuple[Checkpoint, folding.Folded], files: dict[str, Path]
-) -> None:
+def test_folding_is_exact_and_evens_channels_out(pair, files):
     checkpoint, view = pair
     wanted = velocity(checkpoint)
     assert db(view, wanted) >= 120
@@ -89,9 +85,7 @@ def test_folding_is_exact_and_evens_channels_out(
     assert db(files["folded"], wanted) > 36
 
 
-def test_factors_are_powers_of_two_and_none_of_a_modulation_is_under_one(
-    pair: tuple[Checkpoint, folding.Folded],
-) -> None:
+def test_factors_are_powers_of_two_and_none_of_a_modulation_is_under_one(pair):
     checkpoint, view = pair
     modulations = [group for group in folding.read_groups(view) if group.ones]
     assert modulations
@@ -102,7 +96,7 @@ def test_factors_are_powers_of_two_and_none_of_a_modulation_is_under_one(
         assert (np.frexp(ratio)[0] == 0.5).all(), name
 
 
-def test_a_folded_file_says_what_was_done(files: dict[str, Path]) -> None:
+def test_a_folded_file_says_what_was_done(files):
     with open_checkpoint(files["folded"]) as checkpoint, open_checkpoint(files["original"]) as original:
         again = folding.fold_checkpoint(original, folding.read_groups(checkpoint))
         assert again.metadata[names.FOLDING_KEY] == checkpoint.metadata[names.FOLDING_KEY]
@@ -136,9 +130,7 @@ def lora_tensors(model: Path, dtype: str = "BF16") -> dict[str, tuple[str, np.nd
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_a_folded_lora_does_to_the_folded_file_what_it_does_to_the_original(
-    dtype: str, pair: tuple[Checkpoint, folding.Folded], files: dict[str, Path], save: Save, tmp_path: Path
-) -> None:
+def test_a_folded_lora_does_to_the_folded_file_what_it_does_to_the_original(dtype, pair, files, save, tmp_path):
     checkpoint, view = pair
     lora, converted = save("lora.safetensors", lora_tensors(files["original"], dtype)), tmp_path / "out.safetensors"
     opened = load_lora(lora)
@@ -151,7 +143,7 @@ def test_a_folded_lora_does_to_the_folded_file_what_it_does_to_the_original(
     assert db(files["folded"], wanted, converted) > 35
 
 
-def test_what_cannot_be_folded_is_refused(files: dict[str, Path], save: Save, tmp_path: Path) -> None:
+def test_what_cannot_be_folded_is_refused(files, save, tmp_path):
     """The rest is in tests/cli/test_fold.py."""
     tensors, output = lora_tensors(files["original"]), tmp_path / "out.safetensors"
     with open_checkpoint(files["folded"]) as model, open_checkpoint(files["original"]) as original:
@@ -171,7 +163,7 @@ def test_what_cannot_be_folded_is_refused(files: dict[str, Path], save: Save, tm
      '{"groups": [{"columns": [["a", -1, 0, 1]], "rows": [], "ones": [], "head": 1, "repeat": 1, "exponents": ""}]}',
      '{"groups": [{"columns": [], "rows": [], "ones": [], "head": 1, "repeat": 9e99, "exponents": "eJxjAAAAAQAB"}]}'],
 )  # fmt: skip
-def test_a_damaged_header_is_refused_in_one_sentence(said: str, save: Save) -> None:
+def test_a_damaged_header_is_refused_in_one_sentence(said, save):
     path = save("model.safetensors", {"a": np.ones(2, np.float32)}, {names.FOLDING_KEY: said})
     with open_checkpoint(path) as model, pytest.raises(CheckpointError, match=r"entry for folding is (not|damaged)"):
         folding.read_groups(model)

@@ -9,18 +9,17 @@ import pytest
 import torch
 
 from convert_to_quant.formats import DEFAULT, FORMATS, GRIDS, WRITTEN, of_mark, recognize
-from convert_to_quant.formats.record import Grid
 from convert_to_quant.options import DEFAULT_FORMAT
 
 READ = [fmt for fmt in FORMATS.values() if fmt.grid is not None]
 
 
-def test_the_command_lines_default_is_the_packages() -> None:
+def test_the_command_lines_default_is_the_packages():
     assert DEFAULT.name == DEFAULT_FORMAT  # spelled out there, so that help needs no numpy
 
 
 @pytest.mark.parametrize("grid", {*GRIDS.values(), *(fmt.codes for fmt in READ)}, ids=lambda grid: grid.name)
-def test_levels_are_sorted_and_numbers_round_to_them(grid: Grid) -> None:
+def test_levels_are_sorted_and_numbers_round_to_them(grid):
     assert grid.levels[0] == 0
     assert grid.levels[-1] == grid.max
     assert (np.diff(grid.levels) > 0).all()
@@ -36,7 +35,7 @@ def test_levels_are_sorted_and_numbers_round_to_them(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_records_are_whole(name: str) -> None:
+def test_records_are_whole(name):
     fmt = FORMATS[name]
     assert fmt.name == name
     assert fmt.marked
@@ -65,7 +64,7 @@ def test_records_are_whole(name: str) -> None:
         ({}, None),
     ],
 )
-def test_a_mark_names_a_format(config: dict[str, object], name: str | None) -> None:
+def test_a_mark_names_a_format(config, name):
     found = of_mark(config)
     assert (found and found.name) == name
 
@@ -87,7 +86,7 @@ def test_a_mark_names_a_format(config: dict[str, object], name: str | None) -> N
         ("BF16", {"weight_scale": "F32"}, None),
     ],
 )
-def test_without_a_mark_dtype_and_tensors_tell(dtype: str, scales: dict[str, str], name: str | None) -> None:
+def test_without_a_mark_dtype_and_tensors_tell(dtype, scales, name):
     tensors = {f"x.{suffix}": SimpleNamespace(dtype=scale, shape=(16, 16)) for suffix, scale in scales.items()}
     tensors["x.weight"] = SimpleNamespace(dtype=dtype, shape=(16, 128))
     found = recognize("x", dtype, tensors)

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32], ids=str)
-def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def source(request, tmp_path):
     """A weight [320, 768] with a row and a part of zeros, and one with a large value."""
     weight = 0.03 * torch.randn(320, 768, generator=torch.Generator().manual_seed(3))
     weight[3], weight[5, :200], weight[200, 7] = 0, -0.0, 40
@@ -50,7 +50,7 @@ def quantized(path: Path, name: str, device: torch.device | None, **options: str
 
 @pytest.mark.parametrize("method", ["absmax", "mse"])
 @pytest.mark.parametrize("name", GRIDS)
-def test_a_weight_on_a_device_becomes_the_same_bytes(source: Path, name: str, method: str) -> None:
+def test_a_weight_on_a_device_becomes_the_same_bytes(source, name, method):
     if method == "mse" and name not in ("fp8", "int8-tensor"):
         pytest.skip("searches 320 rows one by one")
     assert quantized(source, name, CPU, weight_scale=method) == quantized(source, name, None, weight_scale=method)
@@ -59,9 +59,7 @@ def test_a_weight_on_a_device_becomes_the_same_bytes(source: Path, name: str, me
 @pytest.mark.parametrize("name", ["fp8", "int8", "nvfp4", "mxfp8", "w6a8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("device", [CPU, None])
-def test_a_weight_that_is_not_finite_is_refused(
-    tmp_path: Path, name: str, bad: float, device: torch.device | None
-) -> None:
+def test_a_weight_that_is_not_finite_is_refused(tmp_path, name, bad, device):
     weight = torch.ones(256, 256)
     weight[200, 3] = bad
     save_file({"blocks.0.mlp.weight": weight}, tmp_path / "in.safetensors")
@@ -69,7 +67,7 @@ def test_a_weight_that_is_not_finite_is_refused(
         quantized(tmp_path / "in.safetensors", name, device)
 
 
-def test_threads_of_torch_are_as_many_afterwards(source: Path, tmp_path: Path) -> None:
+def test_threads_of_torch_are_as_many_afterwards(source, tmp_path):
     before = torch.get_num_threads()
     with open_checkpoint(source) as checkpoint:
         convert(checkpoint, plan_conversion(checkpoint, ConvertOptions(format="nvfp4")), tmp_path / "out.safetensors")
@@ -79,7 +77,7 @@ def test_threads_of_torch_are_as_many_afterwards(source: Path, tmp_path: Path) -
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_gpu_makes_the_bytes_that_a_cpu_makes(source: Path, tmp_path: Path, name: str) -> None:
+def test_a_gpu_makes_the_bytes_that_a_cpu_makes(source, tmp_path, name):
     made = {}
     for device in ("cpu", "cuda"):
         with open_checkpoint(source) as checkpoint:

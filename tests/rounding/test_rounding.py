@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,14 +57,14 @@ def error(fmt: Format, parts: Any, moments: Tensor) -> float:
 
 @pytest.mark.parametrize(("kind", "most"), [("correlated", 0.5), ("few", 1 + 1e-6), ("one", 1 + 1e-6)])
 @pytest.mark.parametrize("name", ROUNDED)
-def test_it_is_never_worse_than_nearest_and_better_where_inputs_correlate(name: str, kind: str, most: float) -> None:
+def test_it_is_never_worse_than_nearest_and_better_where_inputs_correlate(name, kind, most):
     fmt, moments = FORMATS[name], some_moments(kind)
     nearest = error(fmt, fmt.quantized(a_weight()), moments)
     assert error(fmt, round_weight(a_weight(), moments, fmt), moments) <= nearest * most
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_every_weight_goes_to_nearest_where_inputs_do_not_correlate(name: str) -> None:
+def test_every_weight_goes_to_nearest_where_inputs_do_not_correlate(name):
     """Under the scales that were chosen. Rotation would make them correlate, so such inputs are all alike."""
     fmt = FORMATS[name]
     moments = torch.eye(IN) if made(fmt, fmt.quantized(a_weight()))[1] else some_moments("alone")
@@ -78,14 +77,14 @@ def test_every_weight_goes_to_nearest_where_inputs_do_not_correlate(name: str) -
     torch.testing.assert_close((real - wanted).abs(), least, rtol=1e-4, atol=1e-6)
 
 
-def test_moments_of_nothing_leave_nearest() -> None:
+def test_moments_of_nothing_leave_nearest():
     fmt = FORMATS["w4a8"]
     parts, nearest = round_weight(a_weight(), torch.zeros(IN, IN), fmt), fmt.quantized(a_weight())
     assert all(torch.equal(parts[key].view(torch.uint8), nearest[key].view(torch.uint8)) for key in nearest)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-def test_files_read_as_what_was_chosen(tmp_path: Path, build: Any, name: str) -> None:
+def test_files_read_as_what_was_chosen(tmp_path, build, name):
     fmt, moments = FORMATS[name], some_moments("correlated")
     source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     source.write_bytes(build.file_bytes({"blocks.0.mlp.weight": a_weight().numpy()}))
@@ -105,7 +104,7 @@ def test_files_read_as_what_was_chosen(tmp_path: Path, build: Any, name: str) ->
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ROUNDED)
-def test_one_launch_rounds_as_many_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_launch_rounds_as_many_do(name, monkeypatch):
     weight, moments, fmt = a_weight().cuda(), some_moments("correlated").cuda(), FORMATS[name]
     in_one = round_weight(weight, moments, fmt)
     monkeypatch.setattr(solver, "_one_launch", lambda *_: solver._nearest_plane)

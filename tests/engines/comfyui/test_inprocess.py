@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +31,7 @@ def scene(network: nn.Module | None = None, **config: int) -> Scene:
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree(tmp_path):
     """A folder that looks like ComfyUI from outside."""
     (tmp_path / "comfy").mkdir()
     for name in inprocess_tree.REQUIRED_FILES:
@@ -45,7 +43,7 @@ def tree(tmp_path: Path) -> Path:
 # ---------------------------------------------------------------- the table
 
 
-def test_a_family_has_what_it_derives_from_and_its_own_row_goes_first() -> None:
+def test_a_family_has_what_it_derives_from_and_its_own_row_goes_first():
     animate = conditions_of(["WAN22_Animate", "WAN21", BASE, "Module"])
 
     assert {"cross_attn", "concat_latent_image", "pose_video_latent", "face_video_pixels"} <= set(animate.wants)
@@ -61,22 +59,22 @@ def test_a_family_has_what_it_derives_from_and_its_own_row_goes_first() -> None:
         *((name, f"ComfyUI's {name} is not a diffusion model: it ") for name in NOT_GENERATIVE),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_by_its_name(name: str, said: str) -> None:
+def test_what_cannot_be_sampled_is_refused_by_its_name(name, said):
     with pytest.raises(UnsupportedModelError, match=said):
         conditions_of([name, BASE, "Module", "object"])
 
 
-def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits() -> None:
+def test_the_base_class_has_a_row_of_its_own_that_nothing_inherits():
     assert set(conditions_of([BASE, "Module"]).wants) == {"cross_attn"}
     assert set(CONDITIONS["StableAudio1"].wants) == set(conditions_of(["StableAudio1", BASE]).wants)
 
 
-def test_no_class_of_comfyui_stands_in_two_records() -> None:
+def test_no_class_of_comfyui_stands_in_two_records():
     assert sum(len(record.comfyui) for record in RECORDS) == len(CONDITIONS)
     assert not set(CONDITIONS) & set(NOT_GENERATIVE)
 
 
-def test_sizes_are_measured_on_the_network() -> None:
+def test_sizes_are_measured_on_the_network():
     network = nn.Module()
     network.txt_in = nn.Linear(40, 8)
     assert "pooled_output" not in wanted(conditions_of(["Flux2", "Flux", BASE]), scene(network))  # it has no layer
@@ -90,7 +88,7 @@ def test_sizes_are_measured_on_the_network() -> None:
     }  # fmt: skip
 
 
-def test_a_network_without_the_layer_that_tells_a_size_is_refused_by_the_layer() -> None:
+def test_a_network_without_the_layer_that_tells_a_size_is_refused_by_the_layer():
     with pytest.raises(
         UnsupportedModelError, match="the size of its conditioning is not known: the network has no txt_in"
     ):
@@ -99,7 +97,7 @@ def test_a_network_without_the_layer_that_tells_a_size_is_refused_by_the_layer()
         wanted(conditions_of([BASE]), scene())
 
 
-def test_parts_are_found_by_numbers_and_by_names() -> None:
+def test_parts_are_found_by_numbers_and_by_names():
     network = nn.Module()
     network.blocks = nn.Sequential(nn.Embedding(7, 3), nn.Conv2d(5, 2, 1), nn.RMSNorm(9))
     found = scene(network)
@@ -113,7 +111,7 @@ def test_parts_are_found_by_numbers_and_by_names() -> None:
         measure("blocks", found)
 
 
-def test_a_prompt_of_one_token_is_drawn_as_a_vector() -> None:
+def test_a_prompt_of_one_token_is_drawn_as_a_vector():
     """A picture as a prompt steers every block, as a pooled text does."""
     drawn = draw(conditions_of(["SVD_img2vid", BASE]), scene(context_dim=512), noise.STRONG, 7, 3)["cross_attn"]
 
@@ -126,7 +124,7 @@ def test_a_prompt_of_one_token_is_drawn_as_a_vector() -> None:
     [(16, 16), (20, 16), (32, 16), (36, 16), (48, 32), (52, 32)],
     ids=["text to video", "a mask alone", "camera", "a picture and a mask", "a picture and a control", "all of them"],
 )
-def test_wan_models_are_shown_pictures_in_the_channels_beside_their_own(channels: int, expected: int) -> None:
+def test_wan_models_are_shown_pictures_in_the_channels_beside_their_own(channels, expected):
     network = nn.Module()
     network.patch_embedding = nn.Conv3d(channels, 2, 1)
     shown = Scene(network, {}, channels=16, height=8, width=6, frames=2, tokens=12, text_tokens=5)
@@ -149,7 +147,7 @@ ROWS = Conditions(
 )
 
 
-def test_streams_and_vectors_are_drawn_as_the_other_engine_draws_them() -> None:
+def test_streams_and_vectors_are_drawn_as_the_other_engine_draws_them():
     signals = {"stream": Signal((5, 64)), "vector": Signal((64,))}
     for way in noise.CONDITIONINGS:
         drawn = draw(ROWS, scene(), way, 7, 3)
@@ -158,7 +156,7 @@ def test_streams_and_vectors_are_drawn_as_the_other_engine_draws_them() -> None:
         assert torch.equal(drawn["vector"], expected["vector"])
 
 
-def test_what_is_drawn_is_as_its_kind_says() -> None:
+def test_what_is_drawn_is_as_its_kind_says():
     drawn = draw(ROWS, scene(), noise.SILENT, 7, 3, as_encoded=lambda values: values * 100)
 
     assert 50 < drawn["picture"].std() < 200
@@ -170,7 +168,7 @@ def test_what_is_drawn_is_as_its_kind_says() -> None:
     assert drawn["ones"][0].tolist() == [[1] * 5]
 
 
-def test_the_same_trajectory_is_drawn_again_and_another_differs() -> None:
+def test_the_same_trajectory_is_drawn_again_and_another_differs():
     first, again, other = (draw(ROWS, scene(), noise.STRONG, 7, number) for number in (3, 3, 4))
 
     for name in ("stream", "vector", "picture", "signal", "ids"):
@@ -178,7 +176,7 @@ def test_the_same_trajectory_is_drawn_again_and_another_differs() -> None:
         assert not torch.equal(first[name], other[name])
 
 
-def test_pictures_share_no_noise_with_latents_or_with_each_other() -> None:
+def test_pictures_share_no_noise_with_latents_or_with_each_other():
     family = Conditions({name: Want((4, 8, 6), "encoded") for name in ("one", "two")})
     shown = [draw(family, scene(), noise.SILENT, 7, number) for number in (0, 1)]
     drawn = [values for conditioning in shown for values in conditioning.values()]
@@ -190,23 +188,21 @@ def test_pictures_share_no_noise_with_latents_or_with_each_other() -> None:
 # ---------------------------------------------------------------- the tree
 
 
-def test_the_tree_is_the_one_that_is_named_or_else_the_environments(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tree_is_the_one_that_is_named_or_else_the_environments(tree, tmp_path, monkeypatch):
     monkeypatch.setenv(inprocess_tree.VARIABLE, str(tree))
     assert inprocess_tree.folder_of(None) == tree.resolve()
     monkeypatch.setenv(inprocess_tree.VARIABLE, str(tmp_path / "elsewhere"))
     assert inprocess_tree.folder_of(tree) == tree.resolve()
 
 
-def test_the_version_is_read_without_importing_anything(tree: Path) -> None:
+def test_the_version_is_read_without_importing_anything(tree):
     assert inprocess_tree.version(tree) == "0.33.0"
     (tree / inprocess_tree.VERSION_FILE).unlink()
     assert inprocess_tree.version(tree) == "unknown"
 
 
 @pytest.fixture
-def no_comfy() -> Iterator[None]:
+def no_comfy():
     """Modules of a fake ComfyUI leave with the test."""
     yield
     for name in [name for name in sys.modules if name == "comfy" or name.startswith("comfy.")]:
@@ -227,9 +223,7 @@ def fake(tree: Path, sd: str) -> None:
 
 
 @pytest.mark.usefixtures("no_comfy")
-def test_comfyui_gets_a_command_line_of_its_own_and_leaves_no_trace(
-    tree: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_comfyui_gets_a_command_line_of_its_own_and_leaves_no_trace(tree, capsys, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     fake(tree, "import logging\nlogging.warning('a\\n warning')\nlogging.info('talk')\nprint('chatter')\n")
     argv, path, handlers = sys.argv[:], sys.path[:], logging.getLogger().handlers[:]
@@ -256,7 +250,7 @@ def test_comfyui_gets_a_command_line_of_its_own_and_leaves_no_trace(
          r"cannot be imported: RuntimeError: no driver \[comfy/sd.py:2\] \(use ComfyUI's Python"),
     ],
 )  # fmt: skip
-def test_a_comfyui_that_cannot_be_imported_says_why(tree: Path, sd: str, said: str) -> None:
+def test_a_comfyui_that_cannot_be_imported_says_why(tree, sd, said):
     fake(tree, sd)
     with pytest.raises(CalibrationError, match=said), inprocess_tree.imported(tree, "cpu"):
         pass
@@ -275,18 +269,14 @@ def test_a_comfyui_that_cannot_be_imported_says_why(tree: Path, sd: str, said: s
         ("of_ours", ModuleNotFoundError, "of_ours"),
     ],
 )
-def test_a_module_that_is_missing_inside_is_comfyuis_fault_where_it_is_comfyuis(
-    tree: Path, name: str, error: type[Exception], said: str
-) -> None:
+def test_a_module_that_is_missing_inside_is_comfyuis_fault_where_it_is_comfyuis(tree, name, error, said):
     fake(tree, "")
     with pytest.raises(error, match=said), inprocess_tree.imported(tree, "cpu"):
         importlib.import_module(name)
 
 
 @pytest.mark.usefixtures("no_comfy")
-def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
-    tree: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(tree, tmp_path_factory, monkeypatch):
     fake(tree, "")
     with inprocess_tree.imported(tree, "cpu"):
         pass
@@ -312,9 +302,7 @@ def test_another_tree_or_another_kind_of_device_in_one_process_is_refused(
         ("cuda:1", "device 'cuda:1' cannot be used: torch finds 1 CUDA devices"),
     ],
 )  # fmt: skip
-def test_a_device_that_comfyui_is_not_run_on_here_is_refused(
-    tree: Path, monkeypatch: pytest.MonkeyPatch, device: str, said: str
-) -> None:
+def test_a_device_that_comfyui_is_not_run_on_here_is_refused(tree, monkeypatch, device, said):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(OptionError, match=said), inprocess_tree.imported(tree, device):
         pass
@@ -332,15 +320,13 @@ def test_a_device_that_comfyui_is_not_run_on_here_is_refused(
         (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
 )  # fmt: skip
-def test_what_comfyui_raises_becomes_one_line_with_its_place(
-    raised: BaseException, error: type[BaseException], said: str
-) -> None:
+def test_what_comfyui_raises_becomes_one_line_with_its_place(raised, error, said):
     with pytest.raises(error, match=said) as caught, inprocess_tree.understood("run", "a.st", "Flux"):
         raise raised
     assert type(caught.value) is error
 
 
-def test_a_file_in_another_folder_named_comfy_is_not_comfyuis() -> None:
+def test_a_file_in_another_folder_named_comfy_is_not_comfyuis():
     code = compile("raise RuntimeError('no')", "/srv/comfy/plugin.py", "exec")
     with pytest.raises(UnsupportedModelError, match=r"no \[plugin.py:1\]$"), inprocess_tree.understood("run", "a.st"):
         exec(code)
@@ -349,7 +335,7 @@ def test_a_file_in_another_folder_named_comfy_is_not_comfyuis() -> None:
 # ---------------------------------------------------------------- the command
 
 
-def test_the_engine_says_that_it_needs_a_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_engine_says_that_it_needs_a_comfyui(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(inprocess_tree.VARIABLE, raising=False)
     words = ["observe", str(emoji.WEIGHTS), "-o", str(tmp_path / "stats"), "--engine", "comfyui"]
 
@@ -360,9 +346,7 @@ def test_the_engine_says_that_it_needs_a_comfyui(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_auto_says_how_to_run_what_diffusers_cannot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_auto_says_how_to_run_what_diffusers_cannot(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(inprocess_tree.VARIABLE, raising=False)
     model = tmp_path / "unet.safetensors"
     save_file({"input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3), "time_embed.0.weight": torch.zeros(16, 8)}, model)
@@ -372,9 +356,7 @@ def test_auto_says_how_to_run_what_diffusers_cannot(
     assert "its tensor names fit no known family (--comfyui-dir DIR runs it in ComfyUI" in said
 
 
-def test_auto_takes_diffusers_where_it_can_even_with_a_comfyui(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_auto_takes_diffusers_where_it_can_even_with_a_comfyui(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(inprocess_tree.VARIABLE, str(tree))
     output = tmp_path / "stats.safetensors"
     size = ("--height", "32", "--width", "32", "--steps", "1", "--samples", "1", "--text-tokens", "4")

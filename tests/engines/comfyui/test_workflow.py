@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,13 +57,13 @@ def recorded(plan: Plan) -> list[str]:
     return [said["inputs"]["model"][0] for said in plan.nodes.values() if said["class_type"] == workflow.RECORD]
 
 
-def test_the_nodes_are_called_as_our_pack_calls_them() -> None:
+def test_the_nodes_are_called_as_our_pack_calls_them():
     assert NODE_CLASS_MAPPINGS[workflow.RECORD] is RecordActivations
     assert NODE_CLASS_MAPPINGS[workflow.SAVE] is SaveActivationStats
     assert all(name.startswith(workflow.OURS) for name in NODE_CLASS_MAPPINGS)
 
 
-def test_a_recorder_goes_between_the_loras_and_the_sampler(flux: Nodes, types: Types) -> None:
+def test_a_recorder_goes_between_the_loras_and_the_sampler(flux, types):
     made = found(flux, types)
 
     assert made.models == (Model("flux", ("1",), ("9",), (SAVE,)),)
@@ -74,7 +73,7 @@ def test_a_recorder_goes_between_the_loras_and_the_sampler(flux: Nodes, types: T
     assert queued["9"]["inputs"]["model"] == [RECORD, 0]
 
 
-def test_nothing_else_changes_and_only_what_sampling_needs_is_queued(flux: Nodes, types: Types) -> None:
+def test_nothing_else_changes_and_only_what_sampling_needs_is_queued(flux, types):
     made = found(flux, types)
     queued = made.queued("session", "folder")
 
@@ -84,7 +83,7 @@ def test_nothing_else_changes_and_only_what_sampling_needs_is_queued(flux: Nodes
     assert {name: queued[name] for name in queued if name not in (RECORD, SAVE)} == kept
 
 
-def test_a_run_has_its_prompt_and_seed_and_the_plan_stays(flux: Nodes, types: Types) -> None:
+def test_a_run_has_its_prompt_and_seed_and_the_plan_stays(flux, types):
     made = found(flux, types)
     assert (made.texts, made.seeds) == ((Place("5", "text"),), (Place("9", "seed"),))
 
@@ -97,7 +96,7 @@ def test_a_run_has_its_prompt_and_seed_and_the_plan_stays(flux: Nodes, types: Ty
     assert (again["5"]["inputs"]["text"], again["9"]["inputs"]["seed"]) == ("a lighthouse", 1)
 
 
-def test_a_guider_is_where_the_model_goes_in(types: Types) -> None:
+def test_a_guider_is_where_the_model_goes_in(types):
     nodes = {
         **BASE,
         "guide": node("BasicGuider", model=["load", 0], conditioning=["yes", 0]),
@@ -116,7 +115,7 @@ def test_a_guider_is_where_the_model_goes_in(types: Types) -> None:
     assert (made.texts, made.seeds) == ((Place("yes", "text"),), (Place("noise", "noise_seed"),))
 
 
-def test_a_model_for_the_negative_prompt_alone_is_left_alone(types: Types) -> None:
+def test_a_model_for_the_negative_prompt_alone_is_left_alone(types):
     nodes = {
         **BASE,
         "other": node("UNETLoader", unet_name="wan_low.safetensors", weight_dtype="default"),
@@ -139,7 +138,7 @@ def test_a_model_for_the_negative_prompt_alone_is_left_alone(types: Types) -> No
         ("WanInfiniteTalkToVideo", {"model": ["load", 0], "positive": ["yes", 0], "negative": ["no", 0]}),
     ],
 )
-def test_what_only_prepares_sampling_is_no_sampler(types: Types, kind: str, inputs: dict[str, Any]) -> None:
+def test_what_only_prepares_sampling_is_no_sampler(types, kind, inputs):
     nodes = {**BASE, "noise": node("RandomNoise", noise_seed=3), "prepare": node(kind, **inputs)}
     slot = types[kind].outputs.index("LATENT")
 
@@ -150,7 +149,7 @@ def test_what_only_prepares_sampling_is_no_sampler(types: Types, kind: str, inpu
         plan(nodes, types)
 
 
-def test_a_sampler_that_passes_its_model_on_is_one(types: Types) -> None:
+def test_a_sampler_that_passes_its_model_on_is_one(types):
     one = node("KSampler (Efficient)", model=["load", 0], seed=1, positive=["yes", 0], negative=["no", 0],
                latent_image=["size", 0])  # fmt: skip
     made = found({**BASE, "sample": one}, types)
@@ -158,7 +157,7 @@ def test_a_sampler_that_passes_its_model_on_is_one(types: Types) -> None:
     assert made.queued("", "")[SAVE]["inputs"]["latent"] == ["sample", 1]
 
 
-def test_one_recorder_is_saved_behind_its_last_sampler(types: Types) -> None:
+def test_one_recorder_is_saved_behind_its_last_sampler(types):
     nodes = {
         **BASE,
         "first": sampler(["load", 0], ["yes", 0], ["size", 0]),
@@ -192,21 +191,19 @@ def switch(off: str, on: str) -> dict[str, Any]:
     ],
     ids=["with and without a LoRA", "merge", "switch", "switch of a switch", "a cycle, which the server rejects"],
 )  # fmt: skip
-def test_one_model_is_recorded_whatever_its_way_to_samplers(
-    types: Types, nodes: Nodes, loaders: tuple[str, ...], before: list[str]
-) -> None:
+def test_one_model_is_recorded_whatever_its_way_to_samplers(types, nodes, loaders, before):
     other = node("UNETLoader", unet_name="wan_low.safetensors", weight_dtype="default")
     made = found({**BASE, "other": other, "sample": sampler(["way", 0], ["yes", 0], ["size", 0]), **nodes}, types)
     assert (sources(made), recorded(made)) == ([loaders], before)
 
 
-def test_models_of_one_file_name_keep_apart(wan: Nodes, types: Types) -> None:
+def test_models_of_one_file_name_keep_apart(wan, types):
     wan["1"]["inputs"]["unet_name"] = "high\\Model.GGUF"
     wan["2"]["inputs"]["unet_name"] = "low/model.safetensors"
     assert [model.name for model in found(wan, types).models] == ["Model", "model_2"]
 
 
-def test_a_file_name_cannot_lead_anywhere(flux: Nodes, types: Types) -> None:
+def test_a_file_name_cannot_lead_anywhere(flux, types):
     flux["1"]["inputs"]["unet_name"] = "../../\x1b[2J..\\evil name?.safetensors"
     (model,) = found(flux, types).models
     assert model.name == "evil_name"
@@ -237,12 +234,12 @@ def test_a_file_name_cannot_lead_anywhere(flux: Nodes, types: Types) -> None:
     ],
     ids=lambda value: value["way"]["class_type"] if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_prompts_are_found_on_the_positive_way(types: Types, nodes: Nodes, texts: list[tuple[str, str]]) -> None:
+def test_prompts_are_found_on_the_positive_way(types, nodes, texts):
     made = found({**BASE, **nodes, "sample": sampler(["load", 0], ["way", 0], ["size", 0])}, types)
     assert [(place.node, place.input) for place in made.texts] == texts
 
 
-def test_a_prompt_from_a_text_node_is_replaced_where_it_is_encoded(types: Types) -> None:
+def test_a_prompt_from_a_text_node_is_replaced_where_it_is_encoded(types):
     nodes = {
         **BASE,
         "words": node("PrimitiveStringMultiline", value="a cat"),
@@ -258,19 +255,19 @@ def test_a_prompt_from_a_text_node_is_replaced_where_it_is_encoded(types: Types)
     assert queued["no"]["inputs"]["text"] == ["words", 0]
 
 
-def test_a_negative_made_of_the_positive_is_no_reason_to_leave_it(types: Types) -> None:
+def test_a_negative_made_of_the_positive_is_no_reason_to_leave_it(types):
     nodes = {**BASE, "no": node("ConditioningZeroOut", conditioning=["yes", 0]),
              "sample": sampler(["load", 0], ["yes", 0], ["size", 0])}  # fmt: skip
     assert found(nodes, types).texts == (Place("yes", "text"),)
 
 
-def test_a_negative_output_is_not_followed(types: Types) -> None:
+def test_a_negative_output_is_not_followed(types):
     nodes = {**BASE, "edit": node("TextEncodeBooguEdit", clip=["load", 1], prompt="a", negative_prompt="b"),
              "sample": sampler(["load", 0], ["edit", 1], ["size", 0])}  # fmt: skip
     assert found(nodes, types).texts == ()
 
 
-def test_a_linked_seed_is_replaced_where_it_is_used(types: Types) -> None:
+def test_a_linked_seed_is_replaced_where_it_is_used(types):
     nodes = {**BASE, "number": node("PrimitiveInt", value=5), "sample": sampler(["load", 0], ["yes", 0], ["size", 0])}
     nodes["sample"]["inputs"]["seed"] = ["number", 0]
     made = found(nodes, types)
@@ -281,7 +278,7 @@ def test_a_linked_seed_is_replaced_where_it_is_used(types: Types) -> None:
 # Workflows that have our nodes, or cannot be used
 
 
-def test_our_own_nodes_are_taken_out_first(flux: Nodes, types: Types) -> None:
+def test_our_own_nodes_are_taken_out_first(flux, types):
     plain_plan = found(flux, types)
     ours = copy.deepcopy(flux)
     ours["20"] = node(workflow.RECORD, model=["1", 0], statistics_file="old", reset=True)
@@ -294,18 +291,18 @@ def test_our_own_nodes_are_taken_out_first(flux: Nodes, types: Types) -> None:
     assert found(ours, types).queued("s", "f") == plain_plan.queued("s", "f")
 
 
-def test_ids_of_new_nodes_are_new(flux: Nodes, types: Types) -> None:
+def test_ids_of_new_nodes_are_new(flux, types):
     flux[RECORD] = node("VAELoader", vae_name="ae.safetensors")
     assert "convert_to_quant_record_2" in found(flux, types).queued("", "")
 
 
-def test_a_circle_ends(types: Types) -> None:
+def test_a_circle_ends(types):
     nodes = {**BASE, "a": sampler(["load", 0], ["yes", 0], ["b", 0]), "b": sampler(["load", 0], ["yes", 0], ["a", 0])}
     assert samplers(found(nodes, types)) == ("a", "b")
 
 
 @pytest.mark.parametrize("output", ["-1", "-5"])
-def test_an_output_that_no_node_has_is_no_link(flux: Nodes, types: Types, output: str) -> None:
+def test_an_output_that_no_node_has_is_no_link(flux, types, output):
     flux["4"]["inputs"]["model"] = ["1", "OUTPUT"]
     nodes = parse(json.dumps(flux).replace('"OUTPUT"', output))
     assert sources(found(nodes, types)) == [("4",)]
@@ -325,12 +322,12 @@ def test_an_output_that_no_node_has_is_no_link(flux: Nodes, types: Types, output
          r"w.json: node 1 \(VAEDecode\): its input samples is linked to node 2, which is missing"),
     ],
 )  # fmt: skip
-def test_what_is_no_workflow_in_api_format_is_refused(text: str, said: str) -> None:
+def test_what_is_no_workflow_in_api_format_is_refused(text, said):
     with pytest.raises(CalibrationError, match=said):
         parse(text, "w.json")
 
 
-def test_no_sampler_is_told_with_what_is_unknown(flux: Nodes, types: Types) -> None:
+def test_no_sampler_is_told_with_what_is_unknown(flux, types):
     flux["9"]["class_type"] = "Magic\x1bSampler"
     with pytest.raises(
         CalibrationError, match=r"w.json: no sampler: .*missing custom nodes on the server: Magic\\x1bSampler"
@@ -338,7 +335,7 @@ def test_no_sampler_is_told_with_what_is_unknown(flux: Nodes, types: Types) -> N
         plan(flux, types, "w.json")
 
 
-def test_an_unknown_node_matters_only_where_it_is_needed(flux: Nodes, types: Types) -> None:
+def test_an_unknown_node_matters_only_where_it_is_needed(flux, types):
     flux["11"]["class_type"] = "FancySave"
     assert samplers(found(flux, types)) == ("9",)
 
@@ -352,7 +349,7 @@ def test_an_unknown_node_matters_only_where_it_is_needed(flux: Nodes, types: Typ
 @pytest.mark.parametrize(
     "change", [lambda info: info["input"].update(required=None), lambda info: info.pop("output_name")]
 )
-def test_types_are_read_from_what_servers_leave_out(change: Callable[[Any], Any]) -> None:
+def test_types_are_read_from_what_servers_leave_out(change):
     text = ["STRING", {"multiline": True}]
     info = {"input": {"required": {"a": ["INT"], "b": [["x", "y"]]}, "optional": {"c": text}},
             "output": ["MODEL", ["x"]], "output_name": ["a", "b"]}  # fmt: skip
