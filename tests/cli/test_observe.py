@@ -178,11 +178,12 @@ def test_resuming_a_complete_run_does_nothing(ctq, done, fp8_file, monkeypatch):
     stats = fp8_file.with_name("stats.safetensors")
     words = ("observe", fp8_file, *SMALL, "--samples", 3, "-o", stats, "--resume")
     done(*words)
-    before = stats.read_bytes()
+    before, partial = stats.read_bytes(), Path(f"{stats}.partial")
+    partial.write_bytes(before)  # left by a run that was killed at its end
     monkeypatch.setattr(denoiser.Denoiser, "velocity", None)
     outcome = ctq(*words)
     assert (outcome.code, outcome.err) == (0, f"{stats} is already complete\n")
-    assert stats.read_bytes() == before
+    assert (stats.read_bytes(), partial.exists()) == (before, False)
 
 
 # --- several processes ---
