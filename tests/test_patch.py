@@ -290,6 +290,7 @@ def test_in_place_a_file_becomes_what_a_rewrite_makes_and_nothing_but_scales_mar
             assert [read.get_tensor(f"{name}.input_scale").item() for name in names] == list(scales)
         assert [layer_of(converted, name).full_precision for name in names] == [full] * 3
     assert differing(before, converted.read_bytes()) <= allowed
+    assert in_place(output, dict.fromkeys(names, FULL)) == 4, "a rewrite keeps room"
 
 
 def test_provenance_that_has_no_room_is_left_out_but_everything_else_is_done(converted):

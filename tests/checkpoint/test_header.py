@@ -138,14 +138,14 @@ def test_metadata_may_be_null():
 def test_scalars_and_empty_tensors_are_read_and_tensors_come_in_the_order_of_their_data():
     header = parse(
         framed(
-            b'{"last":{"dtype":"F32","shape":[],"data_offsets":[2,6]},"empty":{"dtype":"F32","shape":[0,7],'
-            b'"data_offsets":[2,2]},"first":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}   ',
-            b"123456",
+            b'{"last":{"dtype":"F32","shape":[],"data_offsets":[3,7]},"empty":{"dtype":"F32","shape":[0,7],'
+            b'"data_offsets":[3,3]},"first":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}   ',
+            b"1234567",
         )
     )
     assert list(header.tensors) == ["first", "empty", "last"]
-    assert header.tensors["last"] == TensorInfo("last", "F32", (), 2, 6)
-    assert [(info.elements, info.nbytes) for info in header.tensors.values()] == [(2, 2), (0, 0), (1, 4)]
+    assert header.tensors["last"] == TensorInfo("last", "F32", (), 3, 7)
+    assert [(info.elements, info.nbytes) for info in header.tensors.values()] == [(4, 3), (0, 0), (1, 4)]
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
