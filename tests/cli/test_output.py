@@ -47,17 +47,18 @@ def test_precedence_of_color_settings(terminal, monkeypatch, when, environment, 
     assert (terminals.has_color(terminal()), terminals.has_color(io.StringIO())) == wanted
 
 
-def test_colors_do_not_move_columns(capsys, monkeypatch):
-    rows = [("a", Styled("30.0 dB", "good")), ("blocks.0", Styled("9.1 dB", "bad"))]
+def test_colors_show_quality_and_do_not_move_columns(capsys, monkeypatch):
+    rows = [(f"{db}", output.decibels(db)) for db in (125.0, 25.0, 24.9, 20.0, 19.9)]
     output.print_table(("layer", "SQNR"), rows, right=(1,))
     plain_text = capsys.readouterr().out
     monkeypatch.setenv("FORCE_COLOR", "1")
     output.print_table(("layer", "SQNR"), rows, right=(1,))
     coloured = capsys.readouterr().out
-    assert plain_text == "layer        SQNR\na         30.0 dB\nblocks.0   9.1 dB\n"
-    assert "\x1b[32m30.0 dB\x1b[0m" in coloured
-    assert "\x1b[31m 9.1 dB\x1b[0m" in coloured
-    assert coloured.replace("\x1b[32m", "").replace("\x1b[31m", "").replace("\x1b[0m", "") == plain_text
+    assert plain_text.startswith("layer      SQNR\n125.0  125.0 dB\n25.0    25.0 dB\n")
+    assert re.findall(r"\x1b\[(3\d)m(.*?)\x1b", coloured) == [
+        ("32", "125.0 dB"), ("32", " 25.0 dB"), ("33", " 24.9 dB"), ("33", " 20.0 dB"), ("31", " 19.9 dB")
+    ]  # fmt: skip
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain_text
 
 
 @pytest.mark.parametrize(("width", "gone"), [(200, ""), (24, "why"), (14, "range, why")])
