@@ -54,13 +54,11 @@ class Recorder:
 
     Attributes:
         recording: a unique id.
-        samplings: number of complete samplings.
         files: requested name -> (path, `folders.written_at`) of the last save.
     """
 
     def __init__(self, before: Statistics | None = None) -> None:
         self.recording = uuid.uuid4().hex
-        self.samplings = 0
         self.files: dict[str, tuple[Path, int | None]] = {}
         self._total = before
         self._weights: Mapping[str, NDArray[np.float32]] = {}  # of the model that it is attached to
@@ -125,7 +123,6 @@ class Recorder:
             self._recordings = {}
         seen = seen.replace(weights=self._weights).with_facts(int(noise.shape[0]), **_facts(patcher.model))
         self._total = seen if self._total is None else merge(self._total, seen)
-        self.samplings += 1
         return result
 
     def _call(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
