@@ -383,8 +383,7 @@ def _locked(paths: Sequence[Path]) -> Iterator[list[int]]:
         except FileNotFoundError:
             raise CheckpointError("no such file", path=at) from None
         except BlockingIOError:
-            raise OutputError(
-                "another process is changing this file", path=at, hint="wait until it has finished"
-            ) from None
+            problem, hint = "another process is changing this file", "wait until it has finished"
+            raise OutputError(problem, path=at, hint=hint) from None
         except OSError as error:
             raise OutputError(f"cannot be changed in place: {error.strerror}", path=at) from None

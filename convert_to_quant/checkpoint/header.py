@@ -154,7 +154,7 @@ def parse_header(text: bytes, file_bytes: int, path: Path) -> Header:
     end = 0
     for info in infos:
         if info.stop > data_bytes:
-            problem = f"truncated: bytes {info.start}..{info.stop} lie beyond the file's {data_bytes} bytes of data"
+            problem = f"truncated: bytes {info.start}..{info.stop} extend beyond the file's {data_bytes} bytes of data"
             raise HeaderError(problem, path=path, tensor=info.name, hint=AGAIN)
         if info.start != end:
             fault = "overlaps the previous tensor" if info.start < end else "leaves a gap"

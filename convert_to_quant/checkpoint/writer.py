@@ -240,9 +240,7 @@ class PendingFile:
         """Copy bytes from another open file, inside the kernel if possible."""
         while count:
             copied = _copy_once(source.fd, self.fd, min(count, MOST_BYTES), source_offset, offset)
-            if (
-                copied == 0
-            ):  # the kernel cannot copy, or the source ended; reading and writing reports which side failed
+            if copied == 0:  # the kernel cannot copy, or the source ended; this reports which side failed
                 data = source.read(source_offset, min(count, READ_BYTES))
                 self.write(offset, data)
                 copied = len(data)

@@ -88,7 +88,7 @@ CORRUPT = {
         one('{"dtype":"F32","shape":[4],"data_offsets":[0,8]}'), "x: shape [4] of F32 needs 16 bytes, but its data_offsets span 8"),
     "half a byte": (one('{"dtype":"F4","shape":[15],"data_offsets":[0,8]}'), "x: shape [15] of F4 does not fill whole bytes"),
     "data cut off": (
-        one(U8 % ("16", "0,16")), "x: truncated: bytes 0..16 lie beyond the file's 8 bytes of data (download it again)"),
+        one(U8 % ("16", "0,16")), "x: truncated: bytes 0..16 extend beyond the file's 8 bytes of data (download it again)"),
     "a hole at the beginning": (
         one(U8 % ("4", "4,8")), "x: its data starts at 4, expected 0: it leaves a gap"),
     "overlapping tensors": (

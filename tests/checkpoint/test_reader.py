@@ -259,7 +259,7 @@ def test_a_bad_index_is_refused_by_its_own_message(content, message, tmp_path):
 
 FAULTS = {
     "missing": "no such file (it is listed in m.safetensors.index.json; 1 of 2 shards are missing: download them too)",
-    "cut off": "b: truncated: bytes 0..4 lie beyond",
+    "cut off": "b: truncated: bytes 0..4 extend beyond",
 }
 
 
