@@ -340,15 +340,17 @@ def _best_of_size(
     mixes: Mixes, size: int, best_of: Callable[[Choice], Best], written: Callable[[ConversionPlan], int]
 ) -> Best:
     """The best mix for a file of at most `size` bytes, whose header depends on the choice, too."""
-    best = best_of(mixes.smallest)
-    if (least := written(best.plan)) > size:
+    smallest, least_bytes = best_of(mixes.smallest), mixes.total_bytes(mixes.smallest)
+    if (least := written(smallest.plan)) > size:
         raise OptionError(f"even the smallest formats make a file of {least:,} bytes, more than {size:,}")
     limit = math.inf
     while True:
         best = best_of(mixes.choose(limit))
         if (too_large := written(best.plan) - size) <= 0:
             return best
-        limit = max(mixes.total_bytes(best.choice) - too_large, mixes.total_bytes(mixes.smallest))
+        if limit == least_bytes:  # as small, but with a longer header
+            return smallest
+        limit = max(mixes.total_bytes(best.choice) - too_large, least_bytes)
 
 
 def candidates_of(plan: ConversionPlan) -> dict[str, Candidate]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from tiny_flux import ONE_ROW
 
 from convert_to_quant import speeds
-from convert_to_quant.best import Best, TrialModel, candidates_of, load_measured, plan_best
+from convert_to_quant.best import Best, TrialModel, _best_of_size, candidates_of, load_measured, plan_best
 from convert_to_quant.checkpoint import Checkpoint, Spec, open_checkpoint
 from convert_to_quant.choose import CANDIDATES, Mixes, stored_bytes
 from convert_to_quant.convert import convert, plan_conversion
@@ -97,6 +99,25 @@ def test_sizes_that_ask_for_too_much_or_nothing_are_refused(checkpoint, choose):
     for enough in ({"bits": 16.0}, {"file_size": "1GB"}):
         with pytest.raises(OptionError, match="nothing would be quantized: the layers fit as they are"):
             choose(**enough)
+
+
+def test_the_smallest_file_is_found_where_an_equally_large_mix_has_a_longer_header():
+    damage = np.array([[[0.2, 0.1, 0.0]]])
+    mixes = Mixes({"a": Spec("BF16", (2, 2))}, ("int8", "int8-convrot", ""), damage, damage,
+                  np.array([np.zeros((1, 3)), [[4, 4, 8]]]))  # fmt: skip
+    calls = itertools.count()
+
+    def written(plan):
+        assert next(calls) < 20
+        return int(mixes.total_bytes(plan)) + 100 + int(plan[0])
+
+    def made(choice):
+        return SimpleNamespace(plan=choice, choice=choice)
+
+    def found(size):
+        return _best_of_size(mixes, size, made, written)
+
+    assert [found(size).choice.tolist() for size in (104, 105, 110)] == [[0], [1], [2]]
 
 
 def test_the_mix_is_better_than_any_one_format_of_its_size(checkpoint, choose):
