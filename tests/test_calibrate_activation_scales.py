@@ -209,16 +209,18 @@ def test_input_scales_that_are_missing_or_of_other_dtypes_and_shapes_are_replace
 # --- calibrate_model -------------------------------------------------------------------------------------------------
 
 
-def test_margin_multiplies_and_float16_safe_raises(save, build):
+def test_margin_multiplies_float16_safe_raises_and_the_seed_counts(save, build):
     large = fp8_tensors(build)
     large[f"{LAYERS[0]}.weight_scale"] = np.float32(1e6)
     path = save("large.safetensors", large)
-    default, wide, safe = (
+    default, wide, safe, other = (
         calibrate_model(path, CalibrationOptions(engine="layer", **words)).scales  # type: ignore[arg-type]
-        for words in ({}, {"margin": 16}, {"float16_safe": True})
+        for words in ({}, {"margin": 16}, {"float16_safe": True}, {"seed": 7})
     )
     assert all(wide[name] == pytest.approx(2 * default[name], rel=1e-6) for name in LAYERS)
     assert default[LAYERS[0]] < safe[LAYERS[0]] == 2.0**-15
+    assert other[LAYERS[1]] == pytest.approx(by_hand(LAYERS[1], weights()[LAYERS[1]], 7), rel=0.02)
+    assert other[LAYERS[1]] != default[LAYERS[1]]
 
 
 @pytest.mark.parametrize("mode", ["row", "block"])
