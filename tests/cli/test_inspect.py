@@ -88,11 +88,14 @@ def test_the_table_of_layers(golden, look, save, build):
     golden("inspect layers of several kinds", out.partition("\n\n")[2])
 
 
-def test_json_on_stdout_is_one_document_and_nothing_else(look, fp8_file):
+def test_json_on_stdout_is_one_document_and_a_file_leaves_the_screen(look, fp8_file):
     document = json.loads(look(fp8_file, "--json", "-", "--layers"))
     assert document["family"] == "flux1"
     assert document["input_scales"] == {"missing": 13}
     assert {layer["reading"] for layer in document["layers"]} == {"fp8-at-one", "high-precision"}
+    report = fp8_file.with_name("report.json")
+    assert look(fp8_file, "--json", report) == look(fp8_file)
+    assert json.loads(report.read_text())["layers"] == document["layers"]
 
 
 GUESSED = {"version": "0.1.0", "calibrate": {"engine": "layer", "samples": 64}}
