@@ -127,7 +127,7 @@ class Made:
         samples, seed: of the calibration.
         guessed: layers whose scales were simulated although others were measured.
         unmeasured: layers that a measured calibration left unchanged.
-        depends_on_conditioning: layers whose ranges depend on the conditioning, which noise only imitates.
+        depends_on_conditioning: layers whose ranges depend on the conditioning, which noise only approximates.
         lora: adapters that the ranges cover.
         mix: how formats were chosen, if they were; this also measured the input scales.
     """

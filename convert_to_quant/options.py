@@ -93,7 +93,7 @@ class Option(NamedTuple):
 option: Any = Option
 """`Option`, assignable to a field of any type."""
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or "dataclasses" in sys.modules:
     from dataclasses import dataclass
 else:  # importing dataclasses and building these takes a third of the time of `--help`, which needs none
 

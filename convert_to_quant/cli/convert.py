@@ -190,7 +190,7 @@ def convert_file(
     if args.in_place:
         if find_layers(checkpoint).raw:
             static_table(checkpoint)  # explains why a plain cast cannot be calibrated
-        raise OptionError("--in-place calibrates FP8 checkpoints only, and this is none; use -o OUT")
+        raise OptionError("--in-place calibrates FP8 checkpoints only; use -o OUT to convert this one")
     options = options_of(ConvertOptions, args)
     source = folded(checkpoint, args, options) if args.fold else checkpoint
     best = best_mix(source, args, options, merged) if args.best else None

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("input", metavar="MODEL", help="checkpoint, or the index of its shards")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="new file, or a new index for shards")
     parser.add_argument("--to", required=True, choices=TARGETS, metavar="TARGET",
-                        help=", ".join(TARGETS))  # fmt: skip
+                        help="convention to write; see below")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -30,10 +30,10 @@ processes share the work.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("input", nargs="?", metavar="MODEL", help="a checkpoint; optional with --pipeline")
-    parser.add_argument("-o", "--output", required=True, metavar="STATS", help="the statistics file to write")
+    parser.add_argument("input", nargs="?", metavar="MODEL", help="checkpoint; optional with --pipeline")
+    parser.add_argument("-o", "--output", required=True, metavar="STATS", help="statistics file to write")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]",
-                        help="LoRA to use with the model; repeatable")  # fmt: skip
+                        help="apply a LoRA while recording; repeatable")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run, or start one")
     parser.add_argument("--save-every", type=float, default=120.0, metavar="SECONDS",
                         help="save progress this often (120)")  # fmt: skip

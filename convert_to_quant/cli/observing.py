@@ -270,6 +270,6 @@ def tell(seen: Observation, args: argparse.Namespace) -> None:
     if seen.conditioned:
         note(
             f"observed on noise: the ranges of {len(seen.conditioned)} layers depend on the conditioning, "
-            f"which noise only imitates (first: {min(seen.conditioned)})"
+            f"which noise only approximates (first: {min(seen.conditioned)})"
         )
     say(f"observed {int(statistics.visited.sum())} layers over {statistics.samples} images; {wrote(args.output)}")

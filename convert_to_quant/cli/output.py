@@ -138,7 +138,7 @@ def print_table(
                 line.append(paint(cell if number < max(widths) else cell.rstrip(), style_of(row[number]), stream))
             print(GAP.join(line).rstrip(), file=stream)
         if drawn and row is table[0]:
-            rule = "─" if (stream.encoding or "").lower().startswith("utf") else "-"
+            rule = "─" if (stream.encoding or "utf-8").lower().startswith("utf") else "-"
             print(rule * (sum(widths.values()) + len(GAP) * (len(widths) - 1)), file=stream)
     if omitted := ", ".join(name for number, name in enumerate(head) if name and number not in widths):
         text = fitted(f"no room for: {omitted} (a pipe, a file and --json have them)", stream)

@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     comparing = parser.add_argument_group("comparing")
     comparing.add_argument("--against", metavar="OPTIONS", help='compare with other options: "margin=2 keep=mlp"')
     comparing.add_argument("--merge", action="store_true", help="merge the statistics files")
-    solving = parser.add_argument_group("solving")
+    solving = parser.add_argument_group("choice of scales")
     add_options(solving, SolveOptions)
-    solving.add_argument("--force", action="store_true", help="use matching layers even if some do not match")
+    solving.add_argument("--force", action="store_true", help="ignore layers that do not match")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     tell(report, args)
     for place, content in outputs.items():
         if args.dry_run:
-            say(f"dry run: {place} ({size(len(content))}) was not written")
+            say(f"dry run: {wrote(place, would=True)} ({size(len(content))}); nothing was written")
         else:
             write_bytes(Path(place), content, stream=place == args.csv)
             say(wrote(place))

@@ -150,7 +150,7 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
     Shards of a checkpoint and the checkpoints in a folder count as such files.
     """
     from ..checkpoint import check_output
-    from ..checkpoint.reader import checkpoint_files
+    from ..checkpoint.reader import PICKLE_SUFFIXES, checkpoint_files
 
     named = list(paths_of(parser, args))
     for flag, path, kind in [one for one in named if one[0] not in WRITTEN and one[2] == "checkpoint"]:
@@ -169,6 +169,9 @@ def check_paths(parser: Parser, args: argparse.Namespace) -> None:
             if missing is not None:
                 hint = f"{output} exists; were input and output swapped? {flag} names the output"
                 raise CheckpointError("no such file", path=missing, hint=hint)
+        if kind == "checkpoint" and output.suffix.lower() in PICKLE_SUFFIXES:
+            problem = f"cannot be written: {output.suffix} means a pickle"
+            raise OutputError(problem, path=output, hint="use .safetensors")
         check_output(output, stream=flag in STREAMS)
     outputs = [output for _, output, kind in written if kind != "folder" and (output.is_file() or not output.exists())]
     foresee(outputs, dry=getattr(args, "dry_run", False))
