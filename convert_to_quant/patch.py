@@ -141,9 +141,11 @@ def _set_full_precision(patch: Patch, table: LayerTable, changes: Mapping[str, L
                 patch.put(tensor, spec, data, tensor)
     patch.metadata.update(table.marks.header.changed(configs))
     if unmarked:
+        why = "the file has no quantization configs to declare it"
+        if table.marks.legacy.marker is not None:
+            why = "a legacy file cannot declare it for single layers: convert the original without --legacy"
         patch.notes.append(
-            f"{plural(len(unmarked), 'layer')} should compute in full precision, but the file has no quantization "
-            f"configs to declare it (first: {unmarked[0]}); convert the original without --legacy to get them"
+            f"{plural(len(unmarked), 'layer')} should compute in full precision (first: {unmarked[0]}), but {why}"
         )
 
 

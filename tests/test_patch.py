@@ -226,16 +226,17 @@ NOT_HEEDED = (
 )
 REPLACED = "the marker scaled_fp8 now lets ComfyUI use FP8 matmuls and the input scales"
 NO_MARKER = "--enable-fp8-matmul: the file has no legacy marker, so there is nothing to enable"
-UNSAID = (
-    "1 layer should compute in full precision, but the file has no quantization configs to declare it "
-    "(first: x); convert the original without --legacy to get them"
+UNSAID = "1 layer should compute in full precision (first: x), but the file has no quantization configs to declare it"
+LEGACY_UNSAID = (
+    "1 layer should compute in full precision (first: x), but a legacy file cannot declare it for single layers: "
+    "convert the original without --legacy"
 )
 NOTED = [
     ("none", None, FULL, False, [UNSAID]),
-    ("legacy", 0, FULL, False, [UNSAID]),
+    ("legacy", 0, FULL, False, [LEGACY_UNSAID]),
     ("legacy", 2, FULL, False, [NOT_HEEDED]),
     ("legacy", 2, LayerChange(0.125, full_precision=False), False, [NOT_HEEDED]),
-    ("legacy", 2, FULL, True, [UNSAID, REPLACED]),
+    ("legacy", 2, FULL, True, [LEGACY_UNSAID, REPLACED]),
     ("legacy", 2, SCALE, True, [REPLACED]),
     ("tensor", 2, SCALE, False, []),
     ("tensor", None, SCALE, True, [NO_MARKER]),

@@ -46,6 +46,9 @@ CANCEL_SECONDS = 10.0
 GATEWAY_ERRORS = frozenset({502, 503, 504})
 """Status codes of a proxy whose server does not answer."""
 
+LEAST_BYTES_PER_SECOND = 1 << 10
+"""A server that sends less, for longer than it may be silent, is given up."""
+
 REFUSED = 400
 """HTTP status of a rejected workflow; the body contains the reasons."""
 
@@ -227,8 +230,8 @@ class Server:
             raise self._no_answer(getattr(error, "reason", error)) from None
 
     def _chunks(self, answer: Any, name: str, most_bytes: int) -> Iterator[bytes]:
-        """The content of an answer."""
-        received = 0
+        """The content of an answer, which is refused if it is too large or too slow."""
+        start, received = time.monotonic(), 0
         while True:
             try:
                 chunk: bytes = answer.read1(_CHUNK_BYTES)
@@ -240,6 +243,8 @@ class Server:
             if received > most_bytes:
                 raise self._error(f"{name} is larger than {most_bytes:,} bytes")
             yield chunk
+            if time.monotonic() - start > self.patience_seconds + received / LEAST_BYTES_PER_SECOND:
+                raise self._no_answer(f"{received:,} bytes in {time.monotonic() - start:.0f} s")
 
     def _http_error(self, error: urllib.error.HTTPError, path: str) -> CalibrationError:
         problem = f"HTTP error {error.code} for {path}"

@@ -168,11 +168,15 @@ def test_something_else_there(double: Any, said: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("greeting", "said"),
-    [(b"SSH-2.0-x\x1b[2J\r\n", r"no answer: .*SSH-2.0-x\\x1b"), (b"", "no answer: timed out")],
-    ids=["speaks no HTTP", "says nothing"],
+    ("greeting", "drip", "said"),
+    [
+        (b"SSH-2.0-x\x1b[2J\r\n", b"", r"no answer: .*SSH-2.0-x\\x1b"),
+        (b"", b"", "no answer: timed out"),
+        (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n", b" ", r"no answer: \d+ bytes in \d+ s"),
+    ],
+    ids=["speaks no HTTP", "says nothing", "drips"],
 )
-def test_somebody_who_does_not_answer_is_given_up(greeting: bytes, said: str) -> None:
+def test_somebody_who_does_not_answer_is_given_up(greeting: bytes, drip: bytes, said: str) -> None:
     over = threading.Event()
 
     def talk() -> None:
@@ -180,7 +184,8 @@ def test_somebody_who_does_not_answer_is_given_up(greeting: bytes, said: str) ->
         with connection, contextlib.suppress(OSError):
             connection.recv(1000)
             connection.sendall(greeting)
-            over.wait()
+            while not over.wait(HASTY / 10):
+                connection.sendall(drip)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=talk)
