@@ -253,8 +253,9 @@ class Mixes:
         return int(_at(self.costs[1], choice).sum())
 
     def speed(self, choice: Choice) -> float:
-        """The speed-up of a choice over the current layers."""
-        return float(self.costs[0, :, -1].sum() / _at(self.costs[0], choice).sum())
+        """The speed-up of a choice over the current layers; 1 if no layer takes time."""
+        chosen = _at(self.costs[0], choice).sum()
+        return float(self.costs[0, :, -1].sum() / chosen) if chosen else 1.0
 
     def point(self, choice: Choice) -> Point:
         """Bits per weight of a choice, and the SQNR of the velocity in dB if the damages of layers add up."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from convert_to_quant.choose import Choice, choose, read_figures
+from convert_to_quant.choose import Choice, Mixes, choose, read_figures
 from convert_to_quant.errors import OptionError
 from convert_to_quant.trials import decibels
 
@@ -90,3 +90,8 @@ def test_a_size_below_the_smallest_formats_is_refused():
     assert (table.choose(least).tolist(), table.choose(most).tolist()) == ([0] * 4, [3] * 4)
     with pytest.raises(OptionError, match=rf"smallest formats take {least:.0f} bytes, more than the limit of"):
         table.choose(least - 1)
+
+
+def test_layers_that_take_no_time_cannot_get_faster():
+    none = np.zeros((2, 1, 2))
+    assert Mixes({}, ("w4", ""), none[:1], none[:1], none).speed((0,)) == 1.0
