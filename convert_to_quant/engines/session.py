@@ -228,7 +228,7 @@ class Session:
         """
         mine = batches[self.rank :: self.processes]
         seen = self._begun(recording)
-        todo = [batch for batch in mine if batch.name not in set(seen.done)]
+        todo = [batch for batch in mine if batch.name not in seen.done]
         total, left = (steps * sum(len(batch.numbers) for batch in some) for some in (mine, todo))
         tick = advance(progress, total, total - left)
         tick(0)

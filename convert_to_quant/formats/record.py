@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 1 << 16
-"""Values to process at a time: 64 Ki uint16 values, their int64 indices and their codes fit in a core's L2 cache."""
+"""Codes to decode at a time: 64 Ki codes and their float32 values fit in a core's L2 cache."""
 
 TOGETHER_VALUES = 1 << 24
 """Weights that torch quantizes at a time in `Packed.quantized`."""
@@ -92,7 +92,7 @@ class Weight(NamedTuple):
     rows: Callable[[Any], Tensor]
 
 
-def spans(count: int, step: int = CHUNK) -> Iterator[slice]:
+def spans(count: int, step: int) -> Iterator[slice]:
     """Slices of `step` that cover range(count)."""
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
@@ -146,7 +146,7 @@ class Grid(ABC):
         """The values of one-byte codes, float32 of the same shape."""
         flat = np.ascontiguousarray(codes).reshape(-1).view(np.uint8)
         numbers = np.empty(flat.shape, np.float32)
-        for span in spans(len(flat)):
+        for span in spans(len(flat), CHUNK):
             np.take(self.values, flat[span], out=numbers[span], mode="clip")
         return numbers.reshape(np.shape(codes))
 
